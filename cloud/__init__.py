@@ -1,0 +1,1 @@
+"""Floor 3: the cloud service. Never imports isthmus.edge."""

@@ -1,0 +1,1 @@
+"""Floor 3: the edge agent. Never imports torch, transformers or isthmus.cloud."""

@@ -1,0 +1,1 @@
+"""Floor 0: messages, frames, activation codec, session state machines, sampler. Pure: no socket, no clock, no thread."""

@@ -1,0 +1,1 @@
+"""Floor 1: weight schemes, GGUF block import, error measures. Pure numpy."""
