@@ -1,1 +1,4 @@
-"""Floor 0: messages, frames, activation codec, session state machines, sampler. Pure: no socket, no clock, no thread."""
+"""Floor 0: messages, frames, activation codec, session state machines, sampler.
+
+Pure: no socket, no clock (`now` is passed in), no thread.
+"""

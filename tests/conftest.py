@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# Before any test imports torch: tests share few cores with the services they start (see isthmus.cloud).
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+# No deadline: these machines are shared, and a slow example is no wrong one.
+settings.register_profile("isthmus", deadline=None)
+settings.load_profile("isthmus")
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,288 @@
+"""The edge's end of a connection, sans-IO: messages in → events and messages out.
+
+Signatures (stable):
+
+    EdgeConnection(hello: Hello, limits: Limits = Limits())
+    start(now) -> None                         queues HELLO, starts the WELCOME deadline
+    receive(data: bytes | str, now) -> list[EdgeEvent]          one whole websocket message
+    data_to_send(max_bytes=None) -> list[bytes]                 websocket messages, urgent ones first; with
+                                               max_bytes at least one, then as many as fit
+    on_tick(now) -> list[EdgeEvent]            pings, WELCOME deadline, dead peer; call every ~0.1–0.25 s
+    progress(now) -> None                      optional: the transport drained queued bytes (slow ≠ dead)
+    lost(error=None) -> list[EdgeEvent]        the socket closed: SessionFailed per session, ConnectionFailed
+    open(Open) -> EdgeSession                  raises before anything is sent (see the method)
+    needs_canary(split) -> bool
+    canary(split, rows: float32[n, hidden]) -> None             CanaryDone event answers
+    ping(now) -> None                          an extra ping (on_tick pings by itself)
+    close() -> None                            nothing is sent; receive and on_tick become no-ops
+    welcome: Welcome | None   is_closed: bool   draining: bool   has_data: bool   rtt_s: float | None (EWMA)
+    rtt_min_s: float | None   sessions: dict[int, EdgeSession] (live ones)
+
+After ConnectionFailed or Rejected: flush data_to_send(), close the socket.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from isthmus.protocol.admission import check_open
+from isthmus.protocol.canaries import EdgeCanaries
+from isthmus.protocol.connection import Connection, is_stale, unexpected
+from isthmus.protocol.edge_session import EdgeSession
+from isthmus.protocol.errors import (
+    CloudLostError,
+    CloudTimeoutError,
+    IsthmusError,
+    OverloadedError,
+    RejectedError,
+    RequestError,
+    SequenceError,
+)
+from isthmus.protocol.events import (
+    ConnectionFailed,
+    EdgeEvent,
+    GoingAway,
+    Rejected,
+    SessionClosed,
+    SessionFailed,
+    StatusReceived,
+    Welcomed,
+)
+from isthmus.protocol.frames import Frame, MsgType, parse_json
+from isthmus.protocol.handshake import check_welcome
+from isthmus.protocol.limits import Limits
+from isthmus.protocol.messages import (
+    ErrorBody,
+    GoAway,
+    Hello,
+    Open,
+    Reject,
+    Status,
+    Welcome,
+)
+from isthmus.protocol.states import ConnectionInput, ConnectionState, EdgeInput
+
+_RTT_GAIN = 1 / 8  # RFC 6298, 2.3
+_MAX_STREAM = 2**32 - 1
+_MAX_PINGS = 64  # unanswered ones kept, for a peer that talks but never answers pings
+
+
+class EdgeConnection(Connection[EdgeEvent]):
+    """The client's end. See the head of the file for the signatures."""
+
+    def __init__(self, hello: Hello, limits: Limits | None = None) -> None:
+        super().__init__(limits or Limits(), ConnectionState.IDLE)
+        self.hello = hello
+        self.welcome: Welcome | None = None
+        self.draining = False
+        self.sessions: dict[int, EdgeSession] = {}
+        self.rtt_s: float | None = None
+        self.rtt_min_s: float | None = None
+        self._next_stream = 1
+        self._started = 0.0
+        self._pings: dict[int, float] = {}  # seq → time sent, unanswered
+        self._num_pings = 0
+        self._last_ping: float | None = None
+        self._canaries = EdgeCanaries(())
+
+    # ---- for the owner
+
+    def start(self, now: float) -> None:
+        """Queue HELLO; the cloud has `hello_timeout_s` to answer."""
+        self._move(ConnectionInput.HELLO)
+        self._started = self._last_heard = now
+        self._send_urgent(MsgType.HELLO, self.hello)
+
+    def open(self, request: Open) -> EdgeSession:
+        """Start a session. With an empty offer its steps may follow at once, without waiting for OPENED.
+
+        Nothing is sent where the terms forbid it: RequestError or CodecError (a field), OverloadedError (too
+        many sessions, or the cloud drains), RejectedError (rule 8: the split needs a canary).
+        """
+        terms = self._terms()
+        if self.draining:
+            raise OverloadedError("the cloud is going away and opens nothing new", code="draining")
+        if len(self.sessions) >= terms.limits.max_sessions:
+            raise OverloadedError(
+                f"{len(self.sessions)} sessions are open, the cloud allows {terms.limits.max_sessions}",
+                code="too_many_sessions",
+            )
+        check_open(request, terms)
+        if self.needs_canary(request.split):
+            raise RejectedError(
+                f"other weights on each side: split {request.split} needs a canary first",
+                code="canary_required",
+                hint="call canary(split, rows) and wait for CanaryDone",
+            )
+        size = len(request.model_dump_json())
+        if size > terms.limits.max_control_bytes:
+            raise RequestError(
+                f"OPEN of {size} bytes, the cloud takes {terms.limits.max_control_bytes}",
+                code="too_large",
+                hint="shorten the prefix offer or the context ids",
+            )
+        stream = self._next_stream
+        if stream > _MAX_STREAM:
+            raise OverloadedError("all stream ids of this connection are used up", code="streams_used_up")
+        self._next_stream += 1
+        session = EdgeSession(stream, request, terms, self._send_step, partial(self._outbox.drop, stream))
+        self.sessions[stream] = session
+        return session
+
+    def needs_canary(self, split: int) -> bool:
+        """Whether rule 8 asks for an agreeing canary before a session at `split`."""
+        terms = self._terms()
+        return terms.match == "canary" and split > 0 and split not in self._canaries.passed
+
+    def canary(self, split: int, rows: NDArray[np.float32]) -> None:
+        """Send the boundary rows f32[n, hidden] of identity.canary_ids at `split`; CanaryDone answers."""
+        terms = self._terms()
+        self._send(self._canaries.send(split, rows, terms.hidden))
+
+    def ping(self, now: float) -> None:
+        """Measure the round trip. `on_tick` does so every `heartbeat_s` by itself."""
+        self._num_pings += 1
+        self._last_ping = now
+        self._pings[self._num_pings] = now
+        self._pings.pop(self._num_pings - _MAX_PINGS, None)
+        self._send_latest(Frame(MsgType.PING, seq=self._num_pings))
+
+    def on_tick(self, now: float) -> list[EdgeEvent]:
+        """Deadlines and heartbeat: a dead cloud is found `dead_after_s` after the last byte from it."""
+        if self._state is ConnectionState.HANDSHAKE:
+            waited = now - self._started
+            if waited >= self.limits.hello_timeout_s:
+                return self.fail_connection(
+                    CloudTimeoutError(
+                        f"no WELCOME within {waited:.1f} s, allowed are {self.limits.hello_timeout_s} s",
+                        code="welcome_timeout",
+                    )
+                )
+        if self._state is not ConnectionState.OPEN:
+            return []
+        silence = self._silence_s(now)
+        if self._pings and silence >= self.limits.dead_after_s:
+            return self.fail_connection(
+                CloudLostError(
+                    f"the cloud has been silent for {silence:.1f} s, allowed are "
+                    f"{self.limits.dead_after_s} s",
+                    code="cloud_silent",
+                )
+            )
+        if self._last_ping is None or now - self._last_ping >= self.limits.heartbeat_s:
+            self.ping(now)
+        return []
+
+    def progress(self, now: float) -> None:
+        """The transport got rid of bytes: the link is slow, not dead. Counts as a sign of life."""
+        self._last_heard = max(self._last_heard, now)
+
+    def lost(self, error: IsthmusError | None = None) -> list[EdgeEvent]:
+        """The socket is gone."""
+        return self._end(error or CloudLostError("the connection to the cloud was closed"), EdgeInput.LOST)
+
+    def close(self) -> None:
+        """Forget everything without a word; the owner closes the socket."""
+        self._end(CloudLostError("closed on this side", code="link_closed"), EdgeInput.LOST)
+
+    def fail_connection(self, error: IsthmusError) -> list[EdgeEvent]:
+        events = self._end(error, EdgeInput.ERROR)
+        if events:
+            self._send_error(0, 0, ErrorBody.from_error(error, fatal=True))
+        return events
+
+    # ---- receiving
+
+    def _on_connection_frame(self, frame: Frame, now: float) -> list[EdgeEvent]:
+        match frame.type:
+            case MsgType.WELCOME:
+                return self._on_welcome(parse_json(frame, Welcome))
+            case MsgType.REJECT:
+                error = parse_json(frame, Reject).to_error()
+                self._move(ConnectionInput.REJECT)
+                return [Rejected(error)]
+            case MsgType.PONG:
+                self._on_pong(frame.seq, now)
+                return []
+            case MsgType.STATUS:
+                return [StatusReceived(parse_json(frame, Status))]
+            case MsgType.CANARY_RESULT:
+                return [self._canaries.answered(frame)]
+            case MsgType.GOAWAY:
+                self.draining = True
+                return [GoingAway(parse_json(frame, GoAway))]
+            case MsgType.ERROR:
+                return self._end(parse_json(frame, ErrorBody).to_error(), EdgeInput.ERROR)
+            case _:
+                raise unexpected(frame)
+
+    def _on_welcome(self, welcome: Welcome) -> list[EdgeEvent]:
+        self._move(ConnectionInput.WELCOME)
+        check_welcome(welcome, self.hello)
+        self.welcome = welcome
+        self._canaries = EdgeCanaries(welcome.canary_passed)
+        return [Welcomed(welcome)]
+
+    def _on_pong(self, seq: int, now: float) -> None:
+        sent = self._pings.get(seq)
+        if sent is None:
+            return
+        # The cloud answers the newest of several pings.
+        self._pings = {other: when for other, when in self._pings.items() if other > seq}
+        sample = now - sent
+        self.rtt_s = sample if self.rtt_s is None else self.rtt_s + _RTT_GAIN * (sample - self.rtt_s)
+        self.rtt_min_s = sample if self.rtt_min_s is None else min(self.rtt_min_s, sample)
+
+    def _on_session_frame(self, frame: Frame) -> list[EdgeEvent]:
+        session = self.sessions.get(frame.stream)
+        if session is None:
+            if frame.stream < self._next_stream:
+                return []  # it crossed the session's end
+            raise SequenceError(
+                f"{frame.type.name} for stream {frame.stream}, which was never opened", code="unknown_stream"
+            )
+        if is_stale(frame, session.epoch):
+            return []
+        if frame.type is MsgType.ERROR:
+            error = parse_json(frame, ErrorBody).to_error()
+            session.end(EdgeInput.ERROR)
+            del self.sessions[frame.stream]
+            return [SessionFailed(frame.stream, error)]
+        event = session.receive(frame)
+        if isinstance(event, SessionClosed):
+            del self.sessions[frame.stream]
+        return [event] if event else []
+
+    # ---- ending
+
+    def _fail_stream(self, stream: int, error: IsthmusError) -> list[EdgeEvent]:
+        session = self.sessions.pop(stream, None)
+        self._outbox.drop(stream)
+        self._send_error(stream, session.epoch if session else 0, ErrorBody.from_error(error))
+        if session is None:
+            return []
+        session.end(EdgeInput.ERROR)
+        return [SessionFailed(stream, error)]
+
+    def _end(self, error: IsthmusError, happened: EdgeInput) -> list[EdgeEvent]:
+        if self.is_closed:
+            return []
+        self._move(ConnectionInput.FAIL)
+        self._outbox.clear()
+        events: list[EdgeEvent] = []
+        for stream, session in self.sessions.items():
+            session.end(happened)
+            events.append(SessionFailed(stream, error))
+        self.sessions.clear()
+        return [*events, ConnectionFailed(error)]
+
+    def _send_step(self, frame: Frame, droppable: bool) -> None:
+        self._send(frame, droppable=droppable)
+
+    def _terms(self) -> Welcome:
+        if self.welcome is None or self.is_closed:
+            raise SequenceError(f"the connection is {self._state}, not open", code="not_open")
+        return self.welcome

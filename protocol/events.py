@@ -1,0 +1,245 @@
+"""What the sans-IO connections report to their owners: frozen dataclasses, no behaviour.
+
+Edge:  Welcomed Rejected SessionOpened ResultTokens ResultRows StreamTokens CreditGranted SessionClosed
+       StatusReceived CanaryDone GoingAway
+Cloud: HelloAccepted SessionOpenRequested StepReceived CancelRequested CloseRequested StreamWindow
+       CanaryRequested
+Both:  SessionFailed ConnectionFailed
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from isthmus.protocol.errors import IsthmusError, RejectedError
+from isthmus.protocol.frames import Frame
+from isthmus.protocol.messages import (
+    CanaryResult,
+    Close,
+    Closed,
+    Finish,
+    GoAway,
+    Hello,
+    Open,
+    Opened,
+    Status,
+    TopTokens,
+    Welcome,
+)
+
+# ---- both ends ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class SessionFailed:
+    """This session is over with `error`; the connection and its other sessions go on (unless a
+    ConnectionFailed follows). On the cloud: free what the session held, answer nothing."""
+
+    stream: int
+    error: IsthmusError
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectionFailed:
+    """The connection is over: flush data_to_send(), close the socket. Every live session was reported by
+    its own SessionFailed before."""
+
+    error: IsthmusError
+
+
+# ---- edge ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Welcomed:
+    """The handshake is done; sessions may be opened."""
+
+    welcome: Welcome
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """The cloud refused the connection; it is closed."""
+
+    error: RejectedError
+
+
+@dataclass(frozen=True, slots=True)
+class SessionOpened:
+    """`opened.cached_rows` rows of the offered prefix need no upload: go on at that position."""
+
+    stream: int
+    opened: Opened
+
+
+@dataclass(frozen=True, slots=True)
+class ResultTokens:
+    """Prefix shape: the tokens of FINAL step `seq`. Only indexes never reported before; `kv_len` rows lie
+    in the cloud's KV."""
+
+    stream: int
+    seq: int
+    kv_len: int
+    first_index: int
+    tokens: tuple[int, ...]
+    logprobs: tuple[float | None, ...] | None = None
+    top: tuple[TopTokens, ...] | None = None
+    finish: Finish | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ResultRows:
+    """U-shape: final hidden rows of step `seq`, `frame.n_tok` of them, still encoded in
+    `open.result_format`."""
+
+    stream: int
+    seq: int
+    kv_len: int
+    frame: Frame
+
+
+@dataclass(frozen=True, slots=True)
+class StreamTokens:
+    """Offload: further tokens, each index reported once and in order."""
+
+    stream: int
+    first_index: int
+    tokens: tuple[int, ...]
+    logprobs: tuple[float | None, ...] | None = None
+    top: tuple[TopTokens, ...] | None = None
+    finish: Finish | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CreditGranted:
+    """`rows` rows may be sent now (the whole room, not the increment)."""
+
+    stream: int
+    rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class SessionClosed:
+    """The cloud's answer to CANCEL or CLOSE."""
+
+    stream: int
+    closed: Closed
+
+
+@dataclass(frozen=True, slots=True)
+class StatusReceived:
+    status: Status
+
+
+@dataclass(frozen=True, slots=True)
+class CanaryDone:
+    """The cloud compared the canary rows; `result.ok` allows splits at `result.split`."""
+
+    result: CanaryResult
+
+
+@dataclass(frozen=True, slots=True)
+class GoingAway:
+    """The cloud drains: `open` is refused from now on; running sessions go on."""
+
+    goaway: GoAway
+
+
+# ---- cloud --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class HelloAccepted:
+    """WELCOME is queued."""
+
+    hello: Hello
+    match: str
+
+
+@dataclass(frozen=True, slots=True)
+class SessionOpenRequested:
+    """Checked against limits, quota and model. Answer with `opened` or `fail`. Where the offer is empty
+    the session's StepReceived events may come before that answer."""
+
+    stream: int
+    open: Open
+
+
+@dataclass(frozen=True, slots=True)
+class StepReceived:
+    """Rows to append, exactly once and in order: cut the KV to `pos` if `truncate`, append `n_tok` rows.
+
+    `final`: the last row produces output, `all_rows`: every row does. `next_index`: the token index that
+    output has (meaningless in the U-shape before the prompt's end). The body is still encoded: `frame`.
+    """
+
+    stream: int
+    seq: int
+    pos: int
+    n_tok: int
+    truncate: bool
+    final: bool
+    all_rows: bool
+    next_index: int
+    frame: Frame
+
+
+@dataclass(frozen=True, slots=True)
+class CancelRequested:
+    """Stop, free the pages, answer with `closed`."""
+
+    stream: int
+
+
+@dataclass(frozen=True, slots=True)
+class CloseRequested:
+    """Stop, keep the KV under `close.offer` if there is room, answer with `closed`."""
+
+    stream: int
+    close: Close
+
+
+@dataclass(frozen=True, slots=True)
+class StreamWindow:
+    """Offload: the edge acknowledged; `room` more tokens may go out at once."""
+
+    stream: int
+    room: int
+
+
+@dataclass(frozen=True, slots=True)
+class CanaryRequested:
+    """Compare `frame` (raw F32 rows at layer `split` of `identity.canary_ids`) and answer with
+    `canary_result(seq, …)`."""
+
+    split: int
+    seq: int
+    frame: Frame
+
+
+EdgeEvent = (
+    Welcomed
+    | Rejected
+    | SessionOpened
+    | ResultTokens
+    | ResultRows
+    | StreamTokens
+    | CreditGranted
+    | SessionClosed
+    | SessionFailed
+    | StatusReceived
+    | CanaryDone
+    | GoingAway
+    | ConnectionFailed
+)
+CloudEvent = (
+    HelloAccepted
+    | SessionOpenRequested
+    | StepReceived
+    | CancelRequested
+    | CloseRequested
+    | StreamWindow
+    | CanaryRequested
+    | SessionFailed
+    | ConnectionFailed
+)

@@ -1,0 +1,127 @@
+"""The edge's heartbeat, driven by a clock of the test's own: round trips, dead peers, slow ones, sleep."""
+
+from __future__ import annotations
+
+import pytest
+
+from isthmus.protocol.edge_connection import EdgeConnection
+from isthmus.protocol.errors import (
+    CloudTimeoutError,
+)
+from isthmus.protocol.events import (
+    ConnectionFailed,
+    EdgeEvent,
+    SessionFailed,
+    SessionOpened,
+)
+from isthmus.protocol.frames import Frame, MsgType
+from isthmus.protocol.states import EdgeState
+from tests.protocol.edge_side import feed, sent, started, ticks, welcomed
+from tests.protocol.pairing import (
+    HELLO,
+    encoded,
+    make_open,
+)
+from tests.protocol.transcripts import (
+    OPENED_LINE,
+    control,
+)
+
+# ---- heartbeat
+
+
+def test_silent_handshake_times_out() -> None:
+    edge = EdgeConnection(HELLO)
+    assert edge.on_tick(0.0) == []
+    edge.start(10.0)
+    assert edge.on_tick(14.9) == []
+    (event,) = edge.on_tick(15.0)
+    assert isinstance(event, ConnectionFailed)
+    assert isinstance(event.error, CloudTimeoutError)
+    assert event.error.code == "welcome_timeout"
+
+
+def test_pings_every_second_and_measures_the_round_trip() -> None:
+    edge = welcomed()
+    assert edge.rtt_s is None
+    assert ticks(edge, 0.0, 10.0, answer=True) == []
+    assert edge._num_pings in (10, 11)
+    assert edge.rtt_s == pytest.approx(0.02)
+    assert edge.rtt_min_s == pytest.approx(0.02)
+    edge.ping(20.0)
+    assert feed(edge, Frame(MsgType.PONG, seq=edge._num_pings), 20.1) == []
+    assert edge.rtt_s == pytest.approx(0.02 + 0.08 / 8)
+    assert edge.rtt_min_s == pytest.approx(0.02)
+    assert feed(edge, Frame(MsgType.PONG, seq=edge._num_pings), 99.0) == []  # an old answer measures nothing
+    assert edge.rtt_s == pytest.approx(0.03)
+
+
+def test_one_pong_answers_all_older_pings() -> None:
+    edge = welcomed()
+    for now in (1.0, 2.0, 3.0):
+        edge.ping(now)
+    assert [f.seq for f in sent(edge)] == [3]  # newer pings replace unsent ones
+    feed(edge, Frame(MsgType.PONG, seq=2), 3.0)
+    assert edge.rtt_s == pytest.approx(1.0)
+    feed(edge, Frame(MsgType.PONG, seq=1), 4.0)
+    assert edge.rtt_s == pytest.approx(1.0)
+    assert edge._pings == {3: 3.0}
+
+
+def test_unanswered_pings_are_not_kept_for_ever() -> None:
+    edge = welcomed()
+    for number in range(1000):
+        edge.ping(float(number))
+    assert len(edge._pings) == 64
+
+
+def test_dead_cloud_is_found_within_three_seconds_of_its_last_byte() -> None:
+    edge = welcomed()
+    session = started(edge)
+    assert ticks(edge, 0.0, 5.0, answer=True) == []
+    heard = edge._last_heard
+    events: list[EdgeEvent] = []
+    now = 5.0
+    while not events:
+        now = round(now + 0.1, 1)
+        events = edge.on_tick(now)
+    assert now - heard <= 3.0
+    assert [type(e) for e in events] == [SessionFailed, ConnectionFailed]
+    assert isinstance(events[0], SessionFailed)
+    assert events[0].error.code == "cloud_silent"
+    assert session.state is EdgeState.CLOSED
+    assert edge.on_tick(now + 1) == []
+
+
+def test_any_message_is_a_sign_of_life_and_so_is_progress_of_a_slow_link() -> None:
+    edge = welcomed()
+    started(edge)
+    ticks(edge, 0.0, 2.0)
+    feed(edge, control(MsgType.CREDIT, '{"rows":2050}'), 2.0)
+    assert ticks(edge, 2.1, 4.0) == []
+    edge.progress(4.0)
+    edge.progress(1.0)
+    assert ticks(edge, 4.1, 6.4) == []
+    assert isinstance(ticks(edge, 6.5, 6.5)[-1], ConnectionFailed)
+
+
+def test_a_sleep_of_this_side_proves_nothing_against_the_cloud() -> None:
+    edge = welcomed()
+    assert ticks(edge, 0.0, 1.0, answer=True) == []
+    assert ticks(edge, 3600.0, 3601.0) == []  # the lid was closed; the PONG may wait in the socket
+    assert isinstance(ticks(edge, 3601.1, 3603.5)[-1], ConnectionFailed)
+
+
+def test_session_events_keep_their_order_across_streams() -> None:
+    edge = welcomed()
+    first, second = edge.open(make_open()), edge.open(make_open(split=2))
+    for session in (first, second):
+        session.step_rows(encoded(4), 0, 4, final=True)
+    assert [(f.type, f.stream) for f in sent(edge)] == [
+        (MsgType.OPEN, 1),
+        (MsgType.OPEN, 2),
+        (MsgType.STEP, 1),
+        (MsgType.STEP, 2),
+    ]
+    assert [type(e) for e in feed(edge, OPENED_LINE.frame, stream=2)] == [SessionOpened]
+    assert first.opened is None

@@ -1,0 +1,411 @@
+"""Golden transcripts: whole conversations, frame by frame, each written once and played in both directions.
+
+A line is one message: who sends it, the exact header fields and JSON text, the owner's call that makes the
+sender produce it (None: the connection does so by itself), and the events the receiver reports. The tests of
+the edge play the cloud's lines into an EdgeConnection and compare what it sends, those of the cloud do the
+reverse, so neither end can drift without the other noticing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from isthmus.protocol.activations import Encoded, RowFormat, encode_ids
+from isthmus.protocol.cloud_connection import CloudConnection
+from isthmus.protocol.edge_connection import EdgeConnection
+from isthmus.protocol.errors import OverloadedError
+from isthmus.protocol.events import (
+    CanaryDone,
+    CanaryRequested,
+    CancelRequested,
+    CloseRequested,
+    CloudEvent,
+    CreditGranted,
+    EdgeEvent,
+    GoingAway,
+    ResultRows,
+    ResultTokens,
+    SessionClosed,
+    SessionOpened,
+    SessionOpenRequested,
+    StatusReceived,
+    StepReceived,
+    StreamTokens,
+    StreamWindow,
+)
+from isthmus.protocol.frames import Codec, Dtype, Flag, Frame, MsgType
+from isthmus.protocol.limits import Limits
+from isthmus.protocol.messages import CanaryResult, Close, Closed, GoAway, Load, Opened, Status
+from tests.protocol.pairing import LIMITS, SESSION_ID, encoded, make_open, offer, rows
+
+
+@dataclass(frozen=True)
+class Line:
+    frame: Frame
+    events: tuple[EdgeEvent | CloudEvent, ...] = ()
+    edge: Callable[[EdgeConnection], Any] | None = None
+    cloud: Callable[[CloudConnection], Any] | None = None
+    by: str = ""
+
+    @property
+    def sender(self) -> str:
+        return self.by or ("edge" if self.edge else "cloud")
+
+
+def control(
+    msg_type: MsgType, text: str, *, stream: int = 1, epoch: int = 1, seq: int = 0, pos: int = 0
+) -> Frame:
+    body = text.encode()
+    return Frame(msg_type, stream, epoch, seq, pos, dtype=Dtype.JSON, raw_len=len(body), body=body)
+
+
+def tensor(
+    msg_type: MsgType,
+    data: Encoded,
+    n_tok: int,
+    *,
+    seq: int,
+    pos: int,
+    flags: Flag = Flag.NONE,
+    stream: int = 1,
+) -> Frame:
+    return Frame(
+        msg_type,
+        stream,
+        1 if stream else 0,
+        seq,
+        pos,
+        n_tok,
+        flags,
+        data.dtype,
+        data.codec,
+        data.raw_len,
+        data.body,
+    )
+
+
+def ids(values: list[int]) -> Encoded:
+    body = encode_ids(values)
+    return Encoded(body, Dtype.TOKEN_IDS, Codec.NONE, len(body))
+
+
+def step(frame: Frame, *, next_index: int) -> StepReceived:
+    return StepReceived(
+        frame.stream,
+        frame.seq,
+        frame.pos,
+        frame.n_tok,
+        Flag.TRUNCATE in frame.flags,
+        Flag.FINAL in frame.flags,
+        Flag.ALL_ROWS in frame.flags,
+        next_index,
+        frame,
+    )
+
+
+SAMPLING = (
+    '{"temperature":0.0,"top_k":0,"top_p":1.0,"min_p":0.0,"repetition_penalty":1.0,"presence_penalty":0.0,'
+    '"frequency_penalty":0.0,"seed":0,"choice":0,"logprobs":-1}'
+)
+
+
+def open_json(split: int, shape: str, row_format: str, entries: str = "[]") -> str:
+    return (
+        f'{{"split":{split},"shape":"{shape}","row_format":"{row_format}","outliers":[],"max_tokens":8,'
+        f'"prompt_tokens":4,"max_context":64,"sampling":{SAMPLING},"end_ids":[],'
+        f'"offer":{{"entries":{entries}}},"context_ids":null,"request_id":""}}'
+    )
+
+
+OPENED = Opened(session_id=SESSION_ID, credits=2048, chunk_rows=512)
+OPENED_LINE = Line(
+    control(
+        MsgType.OPENED,
+        f'{{"session_id":"{SESSION_ID}","resume_token":"","cached_rows":0,"credits":2048,"chunk_rows":512}}',
+    ),
+    (SessionOpened(1, OPENED),),
+    cloud=lambda c: c.opened(1, session_id=SESSION_ID),
+)
+CLOSED_LINE = Line(
+    control(MsgType.CLOSED, '{"pages_freed":3,"kv_len":5,"cached":false}'),
+    (SessionClosed(1, Closed(pages_freed=3, kv_len=5)),),
+    cloud=lambda c: c.closed(1, pages_freed=3),
+)
+CANCEL_LINE = Line(
+    control(MsgType.CANCEL, "{}"), (CancelRequested(1),), edge=lambda e: e.sessions[1].cancel()
+)
+
+# ---- split in the prefix shape: pipelined start, two chunks, one decode step, CLOSE with an offer
+
+CHUNK_1 = tensor(MsgType.STEP, encoded(3), 3, seq=1, pos=0)
+CHUNK_2 = tensor(MsgType.STEP, encoded(1, 3), 1, seq=2, pos=3, flags=Flag.FINAL)
+DECODE = tensor(MsgType.STEP, encoded(1, 4), 1, seq=3, pos=4, flags=Flag.FINAL)
+KEPT = Close(offer=offer(5), reason="done")
+
+PREFIX = (
+    Line(
+        control(MsgType.OPEN, open_json(1, "prefix", "f32")),
+        (SessionOpenRequested(1, make_open()),),
+        edge=lambda e: e.open(make_open()),
+    ),
+    Line(
+        CHUNK_1,
+        (step(CHUNK_1, next_index=-1),),
+        edge=lambda e: e.sessions[1].step_rows(encoded(3), 0, 3, final=False),
+    ),
+    Line(
+        CHUNK_2,
+        (step(CHUNK_2, next_index=0),),
+        edge=lambda e: e.sessions[1].step_rows(encoded(1, 3), 3, 1, final=True),
+    ),
+    OPENED_LINE,
+    Line(
+        control(MsgType.CREDIT, '{"rows":2051,"ack_index":0,"window":0}'),
+        (CreditGranted(1, 2047),),
+        cloud=lambda c: c.credit(1, 3),
+    ),
+    Line(
+        control(
+            MsgType.RESULT,
+            '{"first_index":0,"tokens":[42],"logprobs":null,"top":null,"finish":null}',
+            seq=2,
+            pos=4,
+        ),
+        (ResultTokens(1, 2, 4, 0, (42,)),),
+        cloud=lambda c: c.result_tokens(1, [42], kv_len=4),
+    ),
+    Line(
+        DECODE,
+        (step(DECODE, next_index=1),),
+        edge=lambda e: e.sessions[1].step_rows(encoded(1, 4), 4, 1, final=True),
+    ),
+    Line(
+        control(
+            MsgType.RESULT,
+            '{"first_index":1,"tokens":[43],"logprobs":[-0.5],"top":[[[43,-0.5],[7,-1.5]]],"finish":"stop"}',
+            seq=3,
+            pos=5,
+        ),
+        (ResultTokens(1, 3, 5, 1, (43,), (-0.5,), (((43, -0.5), (7, -1.5)),), "stop"),),
+        cloud=lambda c: c.result_tokens(
+            1, [43], kv_len=5, logprobs=[-0.5], top=[((43, -0.5), (7, -1.5))], finish="stop"
+        ),
+    ),
+    Line(
+        control(MsgType.CLOSE, f'{{"offer":{{"entries":[[5,"{5:032x}"]]}},"reason":"done"}}'),
+        (CloseRequested(1, KEPT),),
+        edge=lambda e: e.sessions[1].close(KEPT.offer, "done"),
+    ),
+    CLOSED_LINE,
+)
+
+# ---- split in the U-shape: bf16 rows, a rewind with ALL_ROWS, CANCEL that meets a RESULT
+
+U_OPEN = make_open(shape="u", row_format="bf16", split=2)
+U_PROMPT = tensor(MsgType.STEP, encoded(4, 0, RowFormat.BF16), 4, seq=1, pos=0, flags=Flag.FINAL)
+U_ROW = tensor(MsgType.RESULT, encoded(1, 9, RowFormat.BF16), 1, seq=1, pos=4)
+U_REWIND = tensor(
+    MsgType.STEP, encoded(3, 2, RowFormat.BF16), 3, seq=2, pos=2, flags=Flag.TRUNCATE | Flag.ALL_ROWS
+)
+U_ROWS = tensor(MsgType.RESULT, encoded(3, 2, RowFormat.BF16), 3, seq=2, pos=5)
+
+U_SHAPE = (
+    Line(
+        control(MsgType.OPEN, open_json(2, "u", "bf16")),
+        (SessionOpenRequested(1, U_OPEN),),
+        edge=lambda e: e.open(U_OPEN),
+    ),
+    OPENED_LINE,
+    Line(
+        U_PROMPT,
+        (step(U_PROMPT, next_index=0),),
+        edge=lambda e: e.sessions[1].step_rows(encoded(4, 0, RowFormat.BF16), 0, 4, final=True),
+    ),
+    Line(
+        U_ROW,
+        (ResultRows(1, 1, 4, U_ROW),),
+        cloud=lambda c: c.result_rows(1, encoded(1, 9, RowFormat.BF16), 1, kv_len=4),
+    ),
+    Line(
+        U_REWIND,
+        (step(U_REWIND, next_index=1),),
+        edge=lambda e: e.sessions[1].step_rows(
+            encoded(3, 2, RowFormat.BF16), 2, 3, final=False, all_rows=True, truncate=True
+        ),
+    ),
+    Line(
+        U_ROWS,
+        (ResultRows(1, 2, 5, U_ROWS),),
+        cloud=lambda c: c.result_rows(1, encoded(3, 2, RowFormat.BF16), 3, kv_len=5),
+    ),
+    CANCEL_LINE,
+    CLOSED_LINE,
+)
+
+# ---- offload: token ids up, a RESULT, then STREAM under a window of 4 tokens (see STREAM_LIMITS)
+
+O_OPEN = make_open(split=0)
+O_PROMPT = tensor(MsgType.STEP, ids([1, 2, 3, 4]), 4, seq=1, pos=0, flags=Flag.FINAL)
+
+
+def stream_line(first: int, tokens: list[int], pos: int, finish: str | None = None) -> Line:
+    text = ",".join(map(str, tokens))
+    end = f'"{finish}"' if finish else "null"
+    return Line(
+        control(
+            MsgType.STREAM,
+            f'{{"first_index":{first},"tokens":[{text}],"logprobs":null,"top":null,"finish":{end}}}',
+            seq=1,
+            pos=pos,
+        ),
+        (StreamTokens(1, first, tuple(tokens), finish="stop" if finish else None),),
+        cloud=lambda c: c.stream_tokens(1, tokens, finish="stop" if finish else None),
+    )
+
+
+OFFLOAD = (
+    Line(
+        control(MsgType.OPEN, open_json(0, "prefix", "f32")),
+        (SessionOpenRequested(1, O_OPEN),),
+        edge=lambda e: e.open(O_OPEN),
+    ),
+    OPENED_LINE,
+    Line(
+        O_PROMPT,
+        (step(O_PROMPT, next_index=0),),
+        edge=lambda e: e.sessions[1].step_ids([1, 2, 3, 4], 0, final=True),
+    ),
+    Line(
+        control(
+            MsgType.RESULT,
+            '{"first_index":0,"tokens":[10],"logprobs":null,"top":null,"finish":null}',
+            seq=1,
+            pos=4,
+        ),
+        (ResultTokens(1, 1, 4, 0, (10,)),),
+        cloud=lambda c: c.result_tokens(1, [10], kv_len=4),
+    ),
+    stream_line(1, [11], 5),
+    stream_line(2, [12], 6),
+    Line(
+        control(MsgType.CREDIT, '{"rows":0,"ack_index":3,"window":4}'),
+        (StreamWindow(1, 4),),
+        by="edge",
+    ),
+    stream_line(3, [13], 7, "stop"),
+    CANCEL_LINE,
+    Line(
+        control(MsgType.CLOSED, '{"pages_freed":3,"kv_len":7,"cached":false}'),
+        (SessionClosed(1, Closed(pages_freed=3, kv_len=7)),),
+        cloud=lambda c: c.closed(1, pages_freed=3),
+    ),
+)
+
+# ---- a prefix offer: no step before OPENED says what is cached
+
+P_OPEN = make_open(offer=offer(2, 3))
+P_STEP = tensor(MsgType.STEP, encoded(1, 3), 1, seq=1, pos=3, flags=Flag.FINAL)
+OFFER = (
+    Line(
+        control(MsgType.OPEN, open_json(1, "prefix", "f32", f'[[2,"{2:032x}"],[3,"{3:032x}"]]')),
+        (SessionOpenRequested(1, P_OPEN),),
+        edge=lambda e: e.open(P_OPEN),
+    ),
+    Line(
+        control(
+            MsgType.OPENED,
+            f'{{"session_id":"{SESSION_ID}","resume_token":"t","cached_rows":3,"credits":4096,"chunk_rows":16}}',
+        ),
+        (
+            SessionOpened(
+                1,
+                Opened(session_id=SESSION_ID, resume_token="t", cached_rows=3, credits=4096, chunk_rows=16),
+            ),
+        ),
+        cloud=lambda c: c.opened(
+            1, session_id=SESSION_ID, resume_token="t", cached_rows=3, credits=4096, chunk_rows=16
+        ),
+    ),
+    Line(
+        P_STEP,
+        (step(P_STEP, next_index=0),),
+        edge=lambda e: e.sessions[1].step_rows(encoded(1, 3), 3, 1, final=True),
+    ),
+)
+
+# ---- beside the sessions: ping, load, canary, drain, refusal
+
+CANARY_FRAME = tensor(MsgType.CANARY, encoded(2), 2, seq=1, pos=2, stream=0)
+LOAD = Load(queue=1, running=2, kv_total_pages=10, kv_free_pages=7, kv_cached_pages=1, rows_computed=99)
+VERDICT = CanaryResult(split=2, ok=True, error=0.01, tolerance=0.1)
+
+BESIDE = (
+    Line(Frame(MsgType.PING, seq=1), edge=lambda e: e.ping(0.0)),
+    Line(Frame(MsgType.PONG, seq=1), by="cloud"),
+    Line(
+        control(
+            MsgType.STATUS,
+            '{"load":{"queue":1,"running":2,"kv_total_pages":10,"kv_free_pages":7,"kv_cached_pages":1,'
+            '"rows_computed":99},"echo":1}',
+            stream=0,
+            epoch=0,
+        ),
+        (StatusReceived(Status(load=LOAD, echo=1)),),
+        cloud=lambda c: c.status(LOAD),
+    ),
+    Line(
+        CANARY_FRAME,
+        (CanaryRequested(2, 1, CANARY_FRAME),),
+        edge=lambda e: e.canary(2, rows(2)),
+    ),
+    Line(
+        control(
+            MsgType.CANARY_RESULT,
+            '{"split":2,"ok":true,"error":0.01,"tolerance":0.1}',
+            stream=0,
+            epoch=0,
+            seq=1,
+        ),
+        (CanaryDone(VERDICT),),
+        cloud=lambda c: c.canary_result(1, 2, ok=True, error=0.01, tolerance=0.1),
+    ),
+    Line(
+        control(MsgType.GOAWAY, '{"deadline_s":30.0,"alternative":"b"}', stream=0, epoch=0),
+        (GoingAway(GoAway(deadline_s=30.0, alternative="b")),),
+        cloud=lambda c: c.go_away(30.0, "b"),
+    ),
+)
+
+
+# ---- ERROR, from either side
+
+BUSY = OverloadedError("no page free", code="kv_full", hint="later", retry_after_s=2.0)
+ERROR_DOWN = control(
+    MsgType.ERROR,
+    '{"kind":"overloaded","code":"kv_full","message":"no page free","hint":"later","fatal":false,'
+    '"retry_after_s":2.0,"expected_seq":1,"expected_pos":0}',
+)
+WRONG_RESULT = control(MsgType.RESULT, '{"first_index":0,"tokens":[42]}', seq=9, pos=4)
+ERROR_UP = control(
+    MsgType.ERROR,
+    '{"kind":"sequence","code":"unexpected_result","message":"RESULT for step 9, none is due",'
+    '"hint":"","fatal":false,"retry_after_s":null,"expected_seq":null,"expected_pos":null}',
+)
+
+
+@dataclass(frozen=True)
+class Transcript:
+    name: str
+    lines: tuple[Line, ...]
+    limits: Limits = LIMITS
+
+
+TRANSCRIPTS = (
+    Transcript("prefix", PREFIX),
+    Transcript("u-shape", U_SHAPE),
+    Transcript("offload", OFFLOAD, Limits(stream_window_tokens=4)),
+    Transcript("offer", OFFER),
+    Transcript("beside", BESIDE),
+)
