@@ -1,0 +1,223 @@
+"""The engine on a thread of its own: commands in from any thread, steps, outputs back to their sinks.
+
+The public methods queue a command and return. Commands are applied between steps by `step()`, which the
+thread calls (`start`), or a test by hand: then every output is returned in order and nothing depends on
+time.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from isthmus.cloud.engine_core import EngineCore, StepRecord
+from isthmus.cloud.engine_session import (
+    CanaryRows,
+    Closed,
+    EngineOpen,
+    EngineOutput,
+    Failed,
+    OutputRows,
+    as_rows,
+)
+from isthmus.cloud.forward import MixedForward
+from isthmus.cloud.kv import PagePool
+from isthmus.cloud.prefix_cache import PrefixCache
+from isthmus.cloud.scheduler import Scheduler
+
+Sink = Callable[[list[EngineOutput]], None]
+"""Takes the outputs of one step, on the engine's thread: it must return at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """A snapshot of counts; totals count from the start."""
+
+    sessions: int
+    running: int
+    waiting: int
+    pages_total: int
+    pages_used: int
+    pages_cached: int
+    pages_free: int
+    rows_computed_total: int
+    row_layers_total: int
+    tokens_sampled_total: int
+    steps_total: int
+    preemptions_total: int
+    prefix_hits_total: int
+    prefix_hit_rows_total: int
+    prefix_evictions_total: int
+
+
+class Engine:
+    """Runs sessions over one model and one page pool."""
+
+    def __init__(
+        self,
+        forward: MixedForward,
+        scheduler: Scheduler,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        on_step: Callable[[StepRecord], None] | None = None,
+        on_bug: Callable[[BaseException], None] | None = None,
+    ) -> None:
+        """`on_bug` hears of exceptions that are no IsthmusError; the sessions concerned fail with one."""
+        self.core = EngineCore(forward, scheduler, clock=clock, on_step=on_step, on_bug=on_bug)
+        self._clock = clock
+        self._sinks: dict[int, Sink] = {}
+        self._numbers = itertools.count(1)
+        self._commands: deque[Callable[[], None]] = deque()
+        self._wake = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._stopping = False
+        self._retry_in_s: float | None = None
+
+    @property
+    def pool(self) -> PagePool:
+        return self.core.pool
+
+    @property
+    def cache(self) -> PrefixCache:
+        return self.core.cache
+
+    # ---- commands, from any thread -------------------------------------------------------------------
+
+    def open(self, request: EngineOpen, sink: Sink | None = None) -> int:
+        """Starts a session and returns its number; `Opened` or `Failed` follows. Rows may be added at once
+        where nothing is offered."""
+        number = next(self._numbers)
+        self._submit(partial(self.core.open, number, request), number, sink)
+        return number
+
+    def add_rows(
+        self,
+        session_id: int,
+        rows: NDArray[np.float32] | Sequence[int],
+        *,
+        output: OutputRows = "none",
+        truncate_to: int | None = None,
+    ) -> None:
+        """Appends rows at layer K (float32 [n, hidden]) or, at K = 0, token ids; first cuts to
+        `truncate_to`. `Progress`, and `Tokens` or `Hidden` where `output` asks for them, follow."""
+        self._submit(partial(self.core.add_rows, session_id, as_rows(rows), output, truncate_to))
+
+    def set_stream_limit(self, session_id: int, limit: int) -> None:
+        """Offload: how many tokens may be streamed in total before the session pauses."""
+        self._submit(partial(self.core.set_stream_limit, session_id, limit))
+
+    def cancel(self, session_id: int) -> None:
+        """Ends the session and frees its pages; `Closed` follows. Unknown sessions are ignored."""
+        self._submit(partial(self.core.close, session_id, ()))
+
+    def close(self, session_id: int, offer: Sequence[tuple[int, str]]) -> None:
+        """Ends the session and keeps its KV under `offer` for later sessions; `Closed` follows."""
+        self._submit(partial(self.core.close, session_id, tuple(offer)))
+
+    def canary(self, split: int, ids: Sequence[int], sink: Sink | None = None) -> int:
+        """Computes the rows of `ids` at the boundary before layer `split`; `CanaryRows` follows."""
+        number = next(self._numbers)
+        command = partial(self.core.canary, number, split, np.asarray(ids, dtype=np.int64))
+        self._submit(command, number, sink)
+        return number
+
+    def stats(self) -> EngineStats:
+        """Counts of now; from any thread (each is read by itself, so they may be a step apart)."""
+        core, pool, cache, scheduler = self.core, self.pool, self.cache, self.core.scheduler
+        return EngineStats(
+            sessions=len(core.sessions),
+            running=scheduler.num_running,
+            waiting=scheduler.num_waiting,
+            pages_total=pool.num_pages,
+            pages_used=pool.num_used,
+            pages_cached=pool.num_cached,
+            pages_free=pool.num_free,
+            rows_computed_total=core.rows_computed_total,
+            row_layers_total=core.row_layers_total,
+            tokens_sampled_total=core.tokens_sampled_total,
+            steps_total=core.steps_total,
+            preemptions_total=scheduler.num_preemptions,
+            prefix_hits_total=cache.num_hits,
+            prefix_hit_rows_total=cache.num_hit_tokens,
+            prefix_evictions_total=cache.num_evictions,
+        )
+
+    def _submit(
+        self, command: Callable[[], None], number: int | None = None, sink: Sink | None = None
+    ) -> None:
+        with self._wake:
+            if number is not None and sink is not None:
+                self._sinks[number] = sink
+            self._commands.append(command)
+            self._wake.notify()
+
+    # ---- the thread ----------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Runs steps on a thread of their own until `stop`."""
+        self._thread = threading.Thread(target=self._run, name="isthmus-engine", daemon=True)
+        self._thread.start()
+
+    def stop(self, timeout_s: float = 10.0) -> None:
+        """Ends the thread after the step under way. Sessions stay as they are."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        if self._thread is not None:
+            self._thread.join(timeout_s)
+
+    def stuck_for_s(self) -> float:
+        """Seconds without progress although there is something to do; infinite if the thread died."""
+        if self._thread is not None and not self._thread.is_alive() and not self._stopping:
+            return float("inf")
+        since = self.core.busy_since_s
+        return 0.0 if since is None else max(0.0, self._clock() - since)
+
+    def _run(self) -> None:
+        while True:
+            with self._wake:
+                while not self._commands and not self._stopping and not self._can_step():
+                    if not self._wake.wait(self._retry_in_s):
+                        break  # an idle session may be preempted now
+                if self._stopping:
+                    return
+            try:
+                self.step()
+            except Exception as error:
+                self._retry_in_s = None
+                self.core.fail_all(error)
+                self._hand_out(self.core.take_outputs())
+
+    def _can_step(self) -> bool:
+        return self._retry_in_s is None and self.core.scheduler.has_work
+
+    def step(self) -> list[EngineOutput]:
+        """Applies the queued commands, computes one step, hands out and returns the outputs."""
+        self.core.beat()
+        while self._commands:
+            self._commands.popleft()()
+        self._retry_in_s = self.core.step()
+        outputs = self.core.take_outputs()
+        self._hand_out(outputs)
+        self.core.busy_since_s = None
+        return outputs
+
+    def _hand_out(self, outputs: Sequence[EngineOutput]) -> None:
+        """One call per sink, which several sessions may share."""
+        batches: dict[Sink, list[EngineOutput]] = {}
+        for output in outputs:
+            sink = self._sinks.get(output.session_id)
+            if sink is not None:
+                batches.setdefault(sink, []).append(output)
+            if isinstance(output, Closed | Failed | CanaryRows):
+                self._sinks.pop(output.session_id, None)
+        for sink, batch in batches.items():
+            sink(batch)

@@ -1,0 +1,226 @@
+"""`isthmus serve cloud`: from MODEL to a running cloud, and back to exit code 0."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+
+import psutil
+import torch
+
+from isthmus.cloud.auth import KeyFile, check_bind
+from isthmus.cloud.engine import Engine
+from isthmus.cloud.forward import MixedForward
+from isthmus.cloud.hub import Hub
+from isthmus.cloud.kv import PagePool, columns_for
+from isthmus.cloud.model import CloudModel, parse_device
+from isthmus.cloud.precision import Choice, choose, measured_or_known
+from isthmus.cloud.scheduler import Scheduler, SchedulerConfig
+from isthmus.cloud.server import CloudServer, bind
+from isthmus.cloud.telemetry import Telemetry, configure_log, get_log
+from isthmus.protocol.activations import RowFormat
+from isthmus.protocol.cloud_connection import ServerInfo
+from isthmus.protocol.errors import ConfigError
+from isthmus.protocol.limits import Limits
+from isthmus.splitter.checkpoint import Checkpoint, open_checkpoint
+from isthmus.splitter.manifest import make_identity
+from isthmus.splitter.sources import pull
+from isthmus.splitter.spec import ModelSpec
+from isthmus.splitter.tokenizer import Tokenizer
+
+MIB: Final = 1024 * 1024
+INTERRUPTED: Final = 130
+_WHOLE_CONTEXTS: Final = 3  # sessions of full length that the default KV memory holds at K = 0
+_MAX_CONTEXT: Final = 32_768
+# The engine's thread and the event loop hand the interpreter to each other at every step.
+_SWITCH_INTERVAL_S: Final = 0.0005
+
+
+@dataclass(frozen=True, kw_only=True)
+class CloudOptions:
+    """How to serve one model. `kv_mb` None = what a few full contexts need, a quarter of memory at most."""
+
+    device: str = "auto"
+    precision: str = "auto"
+    threads: int | None = None
+    kv_mb: int | None = None
+    scheduler: SchedulerConfig = SchedulerConfig()  # noqa: RUF009 - frozen, safe to share
+    limits: Limits = Limits()  # noqa: RUF009 - frozen, safe to share
+    keys: Path | None = None
+
+
+def run_cloud(
+    model: str = "smollm2-135m",
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8078,
+    device: str = "auto",
+    precision: str = "auto",
+    threads: int | None = None,
+    api_key_file: str | Path | None = None,
+    tls_cert: str | Path | None = None,
+    tls_key: str | Path | None = None,
+    insecure: bool = False,
+    kv_mb: int | None = None,
+    drain_s: float = 30.0,
+    ready: Callable[[str], None] | None = None,
+) -> None:
+    """Serves until SIGTERM (drains, returns) or a second SIGINT (the process ends with 130).
+
+    `ready` is called once with the URL; by default the ready line of CONTRACT.md is printed. Raises
+    ConfigError for what can't be bound or read, and whatever pulling and loading the model raises.
+    """
+    configure_log()
+    keys = Path(api_key_file) if api_key_file else None
+    if (tls_cert is None) != (tls_key is None):
+        raise ConfigError("--tls-cert and --tls-key go together", code="bad_tls", hint="give both or none")
+    check_bind(host, keys=keys is not None, tls=tls_cert is not None, insecure=insecure)
+    # The port first: finding it taken after a minute of loading would be a poor joke.
+    with bind(host, port) as listener:
+        options = CloudOptions(
+            device=device, precision=precision, threads=threads, kv_mb=kv_mb, keys=keys
+        )  # fmt: skip
+        pulled = pull(model)
+        with open_checkpoint(pulled.path) as checkpoint:
+            tokenizer = Tokenizer.from_bytes(pulled.tokenizer_json)
+            hub_options = prepare(checkpoint, tokenizer, options)
+        sys.setswitchinterval(_SWITCH_INTERVAL_S)
+        gc.collect()
+        gc.freeze()  # the weights' objects need not be walked again
+
+        async def serve() -> bool:
+            server = CloudServer(
+                make_hub(hub_options),
+                listener,
+                ready=ready or _print_ready,
+                drain_s=drain_s,
+                tls_cert=Path(tls_cert) if tls_cert else None,
+                tls_key=Path(tls_key) if tls_key else None,
+            )
+            await server.run_until_stopped()
+            return server.force_exit
+
+        if asyncio.run(serve()):
+            # The engine's thread may be deep in a step; nothing is worth waiting for any more.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(INTERRUPTED)
+
+
+def _print_ready(url: str) -> None:
+    print(f"ready cloud {url}", flush=True)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything slow is done: the model is loaded, its precision chosen."""
+
+    model: CloudModel
+    choice: Choice
+    info: ServerInfo
+    options: CloudOptions
+    num_pages: int
+
+
+def prepare(checkpoint: Checkpoint, tokenizer: Tokenizer, options: CloudOptions) -> Prepared:
+    """Chooses the precision, loads the model, sizes the KV pool. Logs what was chosen and why."""
+    log = get_log()
+    if options.threads is not None:
+        if options.threads < 1:
+            raise ConfigError(f"{options.threads} threads asked, at least 1 is needed", code="bad_threads")
+        torch.set_num_threads(options.threads)
+    device = options.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    parse_device(device)
+    spec = checkpoint.spec
+    asked = _known_precision(options.precision)
+    choice = choose(
+        asked, measured_or_known(checkpoint, tokenizer, asked, device=device), device=device
+    )  # fmt: skip
+    model = CloudModel.load(checkpoint, device=device, precision=choice.precision.value)
+    num_pages = kv_pages(model, spec, options.kv_mb)
+    log.info(
+        "model_loaded",
+        model=spec.base_name,
+        device=device,
+        precision=choice.precision.value,
+        reason=choice.reason,
+        kl=choice.kl,
+        kv_pages=num_pages,
+        kv_mb=num_pages * model.page_bytes // MIB,
+        threads=torch.get_num_threads(),
+    )
+    info = ServerInfo(
+        identity=make_identity(spec, tokenizer.canonical_hash, checkpoint.source_hash),
+        cloud_precision=choice.precision.value,
+        num_layers=spec.num_layers,
+        hidden=spec.hidden,
+        vocab_size=spec.vocab_size,
+        context_length=min(spec.context_length, _MAX_CONTEXT),
+        row_formats=tuple(format_.value for format_ in RowFormat),
+        kv_bytes_per_token_layer=model.page_bytes // 16,
+        server="isthmus",
+        kl=choice.kl,
+        profile={"device": device, "threads": torch.get_num_threads()},
+    )
+    return Prepared(model, choice, info, options, num_pages)
+
+
+def _known_precision(name: str) -> str:
+    from isthmus.cloud.linear import parse_precision
+
+    return name if name == "auto" else parse_precision(name).value
+
+
+def kv_pages(model: CloudModel, spec: ModelSpec, kv_mb: int | None) -> int:
+    """Pages of the pool. ConfigError if `kv_mb` does not hold one page column of the whole model."""
+    least = spec.num_layers
+    if kv_mb is not None:
+        pages = kv_mb * MIB // model.page_bytes
+        if pages < least:
+            raise ConfigError(
+                f"{kv_mb} MiB of KV memory hold {pages} pages, 16 tokens alone need {least}", code="bad_kv_mb"
+            )
+        return pages
+    wanted = _WHOLE_CONTEXTS * columns_for(min(spec.context_length, _MAX_CONTEXT)) * spec.num_layers
+    if model.device.type == "cuda":
+        free = torch.cuda.mem_get_info(model.device)[0] * 8 // 10
+    else:
+        free = psutil.virtual_memory().available // 4
+    return max(least, min(wanted, free // model.page_bytes))
+
+
+def make_hub(prepared: Prepared) -> Hub:
+    """The engine and what its connections share. On the event loop."""
+    options, model = prepared.options, prepared.model
+    log = get_log()
+    telemetry = Telemetry()
+    store = model.new_store(prepared.num_pages)
+    pool = PagePool(prepared.num_pages, on_alloc=store.zero_pages)
+
+    def report(error: BaseException) -> None:
+        log.error("engine_bug", exc_info=error)
+
+    engine = Engine(
+        MixedForward(model, store),
+        Scheduler(pool, store.copy_pages, options.scheduler),
+        on_step=telemetry.on_step,
+        on_bug=report,
+    )
+    telemetry.watch(engine)
+    limits = replace(options.limits, max_tokens_per_session=prepared.info.context_length)
+    return Hub(
+        engine,
+        prepared.info,
+        limits,
+        telemetry,
+        KeyFile(options.keys),
+        chunk_rows=options.scheduler.max_chunk_rows,
+    )

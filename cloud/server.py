@@ -1,0 +1,253 @@
+"""The cloud's ASGI application (sessions, health, metrics) and the uvicorn server that runs it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from types import FrameType
+from typing import Any, Final
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import HTTPConnection, Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import BaseRoute, Route, WebSocketRoute
+from starlette.types import Receive, Scope, Send
+from starlette.websockets import WebSocket
+
+from isthmus.cloud.auth import is_loopback
+from isthmus.cloud.connection import Peer
+from isthmus.cloud.hub import MAX_CONNECTIONS, Hub
+from isthmus.cloud.websocket import BoundedHTTPProtocol, BoundedWebSocketProtocol
+from isthmus.protocol.errors import ConfigError, IsthmusError, OverloadedError, RejectedError
+
+SUBPROTOCOL: Final = "isthmus.v1"
+SESSION_PATH: Final = "/v1/session"
+
+
+def make_app(hub: Hub, *, only_local_hosts: bool = True) -> Starlette:
+    """The application of one cloud. Starts and stops the engine's thread with its lifespan.
+
+    `only_local_hosts`: plain requests must name a loopback host (a web page could else reach this port by
+    DNS rebinding); for servers bound to loopback.
+    """
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        hub.engine.start()
+        clock = asyncio.create_task(hub.run(), name="isthmus-cloud-clock")
+        try:
+            yield
+        finally:
+            clock.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await clock
+            await asyncio.to_thread(hub.engine.stop)
+            hub.close()
+
+    def authorised(connection: HTTPConnection) -> str | None:
+        return hub.keys.ring.authenticate(connection.headers.get("authorization"))
+
+    def host_error(connection: HTTPConnection) -> IsthmusError | None:
+        host = connection.url.hostname or ""
+        if only_local_hosts and not is_loopback(host):
+            return RejectedError(f"host {host!r} is not this server", code="foreign_host")
+        return None
+
+    async def livez(_: Request) -> Response:
+        return PlainTextResponse("ok")
+
+    async def readyz(_: Request) -> Response:
+        reason = hub.unready_reason()
+        if reason is None:
+            return JSONResponse({"ready": True})
+        return JSONResponse({"ready": False, "reason": reason}, status_code=503)
+
+    async def metrics(request: Request) -> Response:
+        if (error := host_error(request)) is not None:
+            return _refuse(error, 403)
+        return Response(hub.telemetry.render(), media_type="text/plain; version=0.0.4")
+
+    async def stats(request: Request) -> Response:
+        if (error := host_error(request)) is not None:
+            return _refuse(error, 403)
+        if authorised(request) is None:
+            return _refuse(_unauthorised(), 401)
+        answer: dict[str, Any] = asdict(hub.engine.stats())
+        answer["connections"] = len(hub.peers)
+        answer["precision"] = hub.info.cloud_precision
+        return JSONResponse(answer)
+
+    async def session(scope: Scope, receive: Receive, send: Send) -> None:
+        websocket = WebSocket(scope, receive, send)
+        tenant = authorised(websocket)
+        refusal = _refusal(hub, websocket, tenant)
+        if refusal is not None:
+            error, status = refusal
+            await websocket.send_denial_response(_refuse(error, status))
+            return
+        assert tenant is not None
+        await websocket.accept(subprotocol=SUBPROTOCOL)
+        hub.telemetry.connections.inc()
+        try:
+            await Peer(hub, tenant).run(receive, send)
+        finally:
+            hub.telemetry.connections.dec()
+
+    routes: list[BaseRoute] = [
+        Route("/livez", livez),
+        Route("/readyz", readyz),
+        Route("/metrics", metrics),
+        Route("/v1/stats", stats),
+        WebSocketRoute(SESSION_PATH, _Endpoint(session)),
+    ]
+    return Starlette(routes=routes, lifespan=lifespan)
+
+
+class _Endpoint:
+    """A raw ASGI application: Starlette's wrapper would add its checks to every message."""
+
+    def __init__(self, app: Callable[[Scope, Receive, Send], Any]) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._app(scope, receive, send)
+
+
+def _refusal(hub: Hub, websocket: WebSocket, tenant: str | None) -> tuple[IsthmusError, int] | None:
+    """Why this upgrade is denied, with the HTTP status; decided before anything is allocated."""
+    if tenant is None:
+        return _unauthorised(), 401
+    if "origin" in websocket.headers:
+        # Edges send none; a browser always does, and nothing in a browser has business here.
+        return RejectedError("web pages may not open sessions", code="foreign_origin"), 403
+    if SUBPROTOCOL not in websocket.scope["subprotocols"]:
+        return RejectedError(f"the websocket subprotocol must be {SUBPROTOCOL}", code="bad_subprotocol"), 400
+    if len(hub.peers) >= MAX_CONNECTIONS:
+        return OverloadedError(f"{MAX_CONNECTIONS} edges are connected", code="too_many_connections"), 503
+    return None
+
+
+def _unauthorised() -> RejectedError:
+    return RejectedError(
+        "no valid API key was given",
+        code="unauthorized",
+        hint="send `Authorization: Bearer KEY`; the edge takes it from --api-key-file or ISTHMUS_API_KEY",
+    )
+
+
+def _refuse(error: IsthmusError, status: int) -> Response:
+    headers = {"www-authenticate": "Bearer"} if status == 401 else None
+    return JSONResponse({"error": error.to_dict()}, status_code=status, headers=headers)
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening-to-be socket; port 0 picks a free one. ConfigError if it cannot be had."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # The protocol is named because asyncio sets TCP_NODELAY only where it is: without, a small message after
+    # another one (a token after a PONG) waited 40 ms for a delayed acknowledgement.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host.strip("[]"), port))
+    except OSError as error:
+        listener.close()
+        raise ConfigError(
+            f"cannot listen on {host}:{port}: {error.strerror or error}",
+            code="port_unavailable",
+            hint="another process may have it; choose another --port, 0 picks a free one",
+        ) from error
+    return listener
+
+
+class CloudServer(uvicorn.Server):
+    """uvicorn with our endings: SIGTERM drains and exits 0, a second SIGINT stops at once."""
+
+    def __init__(
+        self,
+        hub: Hub,
+        listener: socket.socket,
+        *,
+        ready: Callable[[str], None] | None = None,
+        drain_s: float = 30.0,
+        tls_cert: Path | None = None,
+        tls_key: Path | None = None,
+    ) -> None:
+        """`ready` is called with the URL once connections are accepted."""
+        host, port = listener.getsockname()[:2]
+        self._hub = hub
+        self._listener = listener
+        self._ready = ready
+        self._drain_s = drain_s
+        self._num_interrupts = 0
+        self._drain: asyncio.Task[None] | None = None
+        shown = f"[{host}]" if ":" in host else host
+        self.url = f"{'wss' if tls_cert else 'ws'}://{shown}:{port}"
+        super().__init__(
+            uvicorn.Config(
+                make_app(hub, only_local_hosts=is_loopback(host)),
+                ws=BoundedWebSocketProtocol,
+                ws_max_size=hub.limits.max_message_bytes,
+                ws_per_message_deflate=False,
+                ws_ping_interval=None,  # the session protocol has its own heartbeat
+                http=BoundedHTTPProtocol,
+                loop="asyncio",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_graceful_shutdown=5,
+                ssl_certfile=tls_cert,
+                ssl_keyfile=tls_key,
+            )
+        )
+
+    async def run_until_stopped(self) -> None:
+        """Serves until `stop`, or a signal where this is the main thread."""
+        await self.serve(sockets=[self._listener])
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started and self._ready is not None:
+            self._ready(self.url)
+
+    def stop(self, *, drain: bool = True) -> None:
+        """Begins the end: new sessions are refused, running ones get `drain_s` seconds, or none without
+        `drain`. On the loop."""
+        if not drain:
+            self.should_exit = True
+        elif self._drain is None:
+            self._drain = asyncio.get_running_loop().create_task(self._drain_and_exit())
+
+    async def _drain_and_exit(self) -> None:
+        finished = await self._hub.drain(self._drain_s)
+        self._hub.log.info("drained", finished=finished)
+        self.should_exit = True
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """uvicorn raises a caught signal again after its shutdown, which would turn our exit 0 into -15."""
+        loop = asyncio.get_running_loop()
+        handled = (signal.SIGTERM, signal.SIGINT)
+        try:
+            for number in handled:
+                loop.add_signal_handler(number, self.handle_exit, number, None)
+        except (ValueError, RuntimeError):  # not the main thread: signals are another's to catch
+            yield
+            return
+        try:
+            yield
+        finally:
+            for number in handled:
+                loop.remove_signal_handler(number)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self._num_interrupts += sig == signal.SIGINT
+        if self._num_interrupts < 2:
+            self.stop()
+        else:
+            self.should_exit = self.force_exit = True
