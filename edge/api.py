@@ -1,0 +1,222 @@
+"""The HTTP API of the edge: OpenAI's chat and completions over one agent, models, health."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Coroutine
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from isthmus.edge.agent import Agent
+from isthmus.edge.api_errors import BodyTooLargeError, add_error_handlers
+from isthmus.edge.api_models import Ask, ChatRequest, CompletionRequest, parse_body
+from isthmus.edge.chat import ChatTemplate
+from isthmus.edge.guard import Guard
+from isthmus.edge.merge import merge
+from isthmus.edge.replies import Reply, chat_dialect, completion_dialect
+from isthmus.protocol.errors import NotFoundError
+
+# A full context of the longest models (128 Ki tokens of prose) is some 0.6 MB of text.
+MAX_BODY_BYTES = 4 * 1024 * 1024
+
+T = TypeVar("T")
+
+
+@dataclass
+class ServedModel:
+    """The one model this agent serves, how its prompts are made, and what it was started with.
+
+    `defaults`: the pack's generation.json. `ask`: route, split … of requests that don't say.
+    """
+
+    name: str
+    agent: Agent
+    template: ChatTemplate
+    defaults: dict[str, Any]
+    ask: Ask = field(default_factory=Ask)
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def check(self, asked: str | None) -> None:
+        """404 for another model than the one served; no name means this one."""
+        if asked not in (None, self.name):
+            raise NotFoundError(
+                f"the model {asked!r} is not served here",
+                code="model_not_found",
+                hint=f"this agent serves {self.name!r}",
+            )
+
+    def card(self) -> dict[str, Any]:
+        """The model as /v1/models tells of it."""
+        manifest, spec = self.agent.pack.manifest, self.agent.pack.spec
+        return {
+            "id": self.name,
+            "object": "model",
+            "created": self.created,
+            "owned_by": "isthmus",
+            "isthmus": {
+                "num_layers": spec.num_layers,
+                "context_length": spec.context_length,
+                "bits": manifest.bits,
+                "scheme": manifest.scheme,
+            },
+        }
+
+
+async def read_body(request: Request) -> bytes:
+    """The whole body, at most MAX_BODY_BYTES; a larger one is not read to its end."""
+    announced = request.headers.get("content-length", "")
+    too_large = BodyTooLargeError(
+        f"the body has {announced or 'more'} bytes, at most {MAX_BODY_BYTES} are read",
+        hint="no model's context holds as much text",
+    )
+    if announced.isdigit() and int(announced) > MAX_BODY_BYTES:
+        raise too_large
+    chunks: list[bytes] = []
+    size = 0
+    async for chunk in request.stream():
+        size += len(chunk)
+        if size > MAX_BODY_BYTES:
+            raise too_large
+        chunks.append(chunk)
+    return b"".join(chunks)
+
+
+async def unless_client_leaves(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, which is cancelled (ClientDisconnect) as soon as the client hangs up."""
+
+    async def hang_up() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    working, watching = asyncio.create_task(work), asyncio.create_task(hang_up())
+    try:
+        await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientDisconnect
+        return working.result()
+    finally:
+        working.cancel()
+        watching.cancel()
+        await asyncio.gather(working, watching, return_exceptions=True)
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events; `source`, what they are made from, is closed with the response in any case."""
+
+    def __init__(
+        self, events: AsyncGenerator[str, None], source: AsyncGenerator[Any, None], *, route: str
+    ) -> None:
+        super().__init__(
+            events,
+            media_type="text/event-stream",
+            headers={"x-isthmus-route": route, "cache-control": "no-cache"},
+        )
+        self._closed_at_end = events, source
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        events, source = self._closed_at_end
+        async with aclosing(source), aclosing(events):
+            await super().__call__(scope, receive, send)
+
+
+async def _first_of(events: AsyncGenerator[T, None]) -> T:
+    return await anext(events)
+
+
+class Api:
+    """Handlers over one served model."""
+
+    def __init__(self, model: ServedModel) -> None:
+        self.model = model
+
+    def routes(self) -> list[Route]:
+        """Paths and their handlers."""
+        return [
+            Route("/v1/chat/completions", self.chat, methods=["POST"]),
+            Route("/v1/completions", self.completions, methods=["POST"]),
+            Route("/v1/models", self.models, methods=["GET"]),
+            Route("/v1/models/{name:path}", self.one_model, methods=["GET"]),
+            Route("/v1/stats", self.stats, methods=["GET"]),
+            Route("/livez", self.livez, methods=["GET"]),
+            Route("/readyz", self.readyz, methods=["GET"]),
+        ]
+
+    async def chat(self, request: Request) -> Response:
+        body = parse_body(ChatRequest, await read_body(request))
+        self.model.check(body.model)
+        # Off the event loop: megabytes of text take long to tokenise, and the other requests go on.
+        messages = [message.plain() for message in body.messages]
+        ids = await run_in_threadpool(self.model.template.encode, messages)
+        return await self._answer(request, body, ids)
+
+    async def completions(self, request: Request) -> Response:
+        body = parse_body(CompletionRequest, await read_body(request))
+        self.model.check(body.model)
+        if isinstance(body.prompt, str):
+            ids = await run_in_threadpool(self.model.template.encode_raw, body.prompt)
+        else:
+            ids = body.prompt
+        return await self._answer(request, body, ids)
+
+    async def _answer(
+        self, request: Request, body: ChatRequest | CompletionRequest, ids: list[int]
+    ) -> Response:
+        spec = self.model.agent.pack.spec
+        requests = body.to_requests(
+            ids,
+            defaults=self.model.defaults,
+            end_ids=spec.eos_ids,
+            context=spec.context_length,
+            ask=self.model.ask,
+        )
+        dialect = chat_dialect if isinstance(body, ChatRequest) else completion_dialect
+        reply = Reply(dialect, self.model.name, self.model.template.tokenizer, requests)
+        events = merge(self.model.agent, requests)
+        if not body.stream:
+            async with aclosing(events):
+                whole = await unless_client_leaves(request, reply.whole(events))
+            return JSONResponse(whole, headers={"x-isthmus-route": whole["isthmus"]["route"]})
+        try:
+            # The status line is sent only when the first token exists: what fails before has its own status.
+            first = await unless_client_leaves(request, _first_of(events))
+        except BaseException:
+            await events.aclose()
+            raise
+        stream = reply.server_sent_events(first, events, include_usage=body.wants_usage())
+        return EventStream(stream, events, route=reply.route_of(first))
+
+    async def models(self, request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [self.model.card()]})
+
+    async def one_model(self, request: Request) -> Response:
+        self.model.check(request.path_params["name"])
+        return JSONResponse(self.model.card())
+
+    async def stats(self, request: Request) -> Response:
+        return JSONResponse(self.model.agent.stats())
+
+    async def livez(self, request: Request) -> Response:
+        return JSONResponse({"status": "alive"})
+
+    async def readyz(self, request: Request) -> Response:
+        reason = self.model.agent.not_ready_reason()
+        if reason:
+            return JSONResponse({"status": "not ready", "reason": reason}, status_code=503)
+        return JSONResponse({"status": "ready"})
+
+
+def make_app(model: ServedModel, *, only_local: bool = True) -> Starlette:
+    """The ASGI app. The agent's start and end are the caller's. `only_local`: see `Guard`."""
+    app = Starlette(routes=Api(model).routes(), middleware=[Middleware(Guard, only_local=only_local)])
+    add_error_handlers(app)
+    return app

@@ -1,0 +1,235 @@
+"""What the HTTP API accepts: OpenAI's request bodies, closed. A field that is not honoured is refused."""
+
+from __future__ import annotations
+
+import secrets
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from isthmus.edge.advice import sampling_params
+from isthmus.edge.api_errors import FieldError
+from isthmus.edge.requests import GenerateRequest, Privacy, RouteAsk, RowFormatName, Shape
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+# OpenAI's defaults where neither the request nor the model's makers say anything.
+DEFAULT_TEMPERATURE = 1.0
+DEFAULT_COMPLETION_TOKENS = 16
+
+
+class _Closed(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class TextPart(_Closed):
+    """One part of a message's content; only text is understood."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(_Closed):
+    """One message. `content` may be a string or text parts, which are joined."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str | list[TextPart]
+    # In every reply, so clients send it back with the conversation; there is nothing it could hold.
+    refusal: None = None
+
+    def plain(self) -> dict[str, str]:
+        """As chat templates want it."""
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": self.role, "content": text}
+
+
+class StreamOptions(_Closed):
+    include_usage: bool = False
+
+
+class TextFormat(_Closed):
+    type: Literal["text"]
+
+
+class Ask(_Closed):
+    """How a request may run: what the agent was started with, and the part of it a request may say."""
+
+    route: RouteAsk | None = None
+    split: int | None = None
+    shape: Shape | None = None
+    codec: RowFormatName | None = None
+
+    def over(self, default: Ask) -> Ask:
+        """This, and where it says nothing, the default; but a K or route asked here is not bound to the
+        default's route or K."""
+        route = self.route or (default.route if self.split is None else None)
+        split = self.split
+        if split is None and route in (None, "auto", "split"):
+            split = default.split
+        return Ask(
+            route=route, split=split, shape=self.shape or default.shape, codec=self.codec or default.codec
+        )
+
+
+class Extension(Ask):
+    """The `isthmus` object of a request."""
+
+    privacy: Privacy = "any"
+
+
+class _Generation(_Closed):
+    """What chat and completions have in common. OpenAI allows null wherever there is a default."""
+
+    model: str | None = None
+    max_tokens: int | None = Field(default=None, ge=1)
+    temperature: Finite | None = Field(default=None, ge=0, le=2)
+    top_p: Finite | None = Field(default=None, gt=0, le=1)
+    top_k: int | None = Field(default=None, ge=0)
+    min_p: Finite | None = Field(default=None, ge=0, le=1)
+    repetition_penalty: Finite | None = Field(default=None, gt=0, le=10)
+    presence_penalty: Finite | None = Field(default=None, ge=-2, le=2)
+    frequency_penalty: Finite | None = Field(default=None, ge=-2, le=2)
+    seed: int | None = Field(default=None, ge=0, lt=2**64)
+    n: int | None = Field(default=None, ge=1, le=16)
+    stop: str | list[str] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    isthmus: Extension | None = None
+
+    @model_validator(mode="after")
+    def _stream_options_need_stream(self) -> _Generation:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options goes with stream=true only")
+        return self
+
+    def wants_usage(self) -> bool:
+        """Does a stream end with the usage?"""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def wanted_tokens(self) -> int | None:
+        """The most tokens asked for; None: as many as fit."""
+        return self.max_tokens
+
+    def num_logprobs(self) -> int:
+        """-1: none, n ≥ 0: the drawn token's and those of the n most probable ones."""
+        return -1
+
+    def to_requests(
+        self,
+        prompt_ids: list[int],
+        *,
+        defaults: dict[str, Any],
+        end_ids: tuple[int, ...],
+        context: int,
+        ask: Ask,
+    ) -> list[GenerateRequest]:
+        """One GenerateRequest per choice. `defaults`: the model's generation.json; `context`: its length;
+        `ask`: what the agent was started with."""
+        extension = self.isthmus or Extension()
+        how = extension.over(ask)
+        asked = {
+            name: getattr(self, name)
+            for name in (
+                "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty",
+                "frequency_penalty",
+            )
+        }  # fmt: skip
+        seed = secrets.randbits(63) if self.seed is None else self.seed
+        return [
+            GenerateRequest(
+                prompt_ids=tuple(prompt_ids),
+                max_tokens=self.wanted_tokens() or max(1, context - len(prompt_ids)),
+                sampling=sampling_params(
+                    asked,
+                    defaults,
+                    temperature=DEFAULT_TEMPERATURE,
+                    seed=seed,
+                    choice=choice,
+                    logprobs=self.num_logprobs(),
+                ),
+                end_ids=end_ids,
+                stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
+                route=how.route or "auto",
+                split=how.split,
+                shape=how.shape,
+                privacy=extension.privacy,
+                row_format=how.codec,
+            )
+            for choice in range(self.n or 1)
+        ]
+
+
+class ChatRequest(_Generation):
+    """Body of POST /v1/chat/completions."""
+
+    messages: list[ChatMessage] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=20)
+    response_format: TextFormat | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ChatRequest:
+        if self.max_tokens is not None and self.max_completion_tokens is not None:
+            raise ValueError("max_tokens and max_completion_tokens are the same thing; send one of them")
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs goes with logprobs=true only")
+        return self
+
+    def wanted_tokens(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
+
+    def num_logprobs(self) -> int:
+        return (self.top_logprobs or 0) if self.logprobs else -1
+
+
+class CompletionRequest(_Generation):
+    """Body of POST /v1/completions. `prompt` is text or token ids."""
+
+    prompt: str | list[int]
+    logprobs: int | None = Field(default=None, ge=0, le=20)
+
+    def wanted_tokens(self) -> int | None:
+        return self.max_tokens or DEFAULT_COMPLETION_TOKENS
+
+    def num_logprobs(self) -> int:
+        return -1 if self.logprobs is None else self.logprobs
+
+
+T = TypeVar("T", bound=_Generation)
+
+
+def parse_body(kind: type[T], body: bytes) -> T:
+    """The body as `kind`, or a FieldError naming the first offending field."""
+    try:
+        return kind.model_validate_json(body)
+    except ValidationError as error:
+        raise _field_error(kind, error) from error
+
+
+def _field_error(kind: type[_Generation], error: ValidationError) -> FieldError:
+    problems = error.errors(include_url=False, include_context=False)
+    first = problems[0]
+    where = _place(first["loc"])
+    if first["type"] == "json_invalid":
+        return FieldError(f"the body is no JSON: {first['msg']}", param="", code="invalid_json")
+    if first["type"] == "extra_forbidden":
+        return FieldError(
+            f"unknown field {where!r}",
+            param=where,
+            code="unknown_field",
+            hint=f"fields here: {', '.join(sorted(kind.model_fields))}",
+        )
+    # A field that may be one of several types is refused by each of them; what lies inside one of them tells
+    # which was meant.
+    inner = [place for p in problems if (place := _place(p["loc"])).startswith(f"{where}.")]
+    where = inner[0] if inner else where
+    reasons = dict.fromkeys(str(p["msg"]) for p in problems if _place(p["loc"]) == where)
+    return FieldError(f"{where or 'the body'}: {' or: '.join(reasons)}", param=where)
+
+
+def _place(location: tuple[int | str, ...]) -> str:
+    """`messages.0.content` from a pydantic location, without the alternatives of a union in it."""
+    return ".".join(
+        str(part) for part in location if part not in ("str", "int") and not str(part).startswith("list[")
+    )

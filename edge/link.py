@@ -1,0 +1,268 @@
+"""The link to one cloud: one warm, authenticated websocket, made anew for the next request when it broke.
+
+Nothing is retried here: a session whose connection dies fails with CloudLostError.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import socket
+import ssl
+from contextlib import suppress
+from time import monotonic
+from typing import TYPE_CHECKING, Final
+from urllib.parse import urlsplit
+
+from websockets.asyncio.client import ClientConnection, connect
+from websockets.exceptions import InvalidHandshake, InvalidStatus, InvalidURI
+from websockets.typing import Subprotocol
+
+from isthmus.edge.wire import LinkSession, Wire
+from isthmus.protocol.errors import (
+    CloudLostError,
+    CloudUnreachableError,
+    ConfigError,
+    IsthmusError,
+    RejectedError,
+)
+from isthmus.protocol.frames import HEADER_BYTES
+from isthmus.protocol.limits import Limits
+from isthmus.protocol.messages import CanaryResult, Hello, Open, Welcome
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+SUBPROTOCOL: Final = Subprotocol("isthmus.v1")
+PATH: Final = "/v1/session"
+# Unsent bytes the kernel may hold, so that what overtakes in our queue is not stuck in the kernel's.
+UNSENT_BYTES: Final = 128 * 1024
+
+
+def check_url(url: str, api_key: str | None) -> str:
+    """The websocket URL of a cloud; ConfigError for another scheme, or a key over plain ws off loopback."""
+    parts = urlsplit(url)
+    if parts.scheme not in ("ws", "wss") or not parts.hostname:
+        raise ConfigError(f"cloud URL {url!r} is not ws://host:port or wss://…", code="bad_cloud_url")
+    if parts.username or parts.password or parts.query:
+        raise ConfigError(
+            "the cloud URL carries credentials or a query",
+            code="bad_cloud_url",
+            hint="the key comes from --api-key-file or ISTHMUS_API_KEY",
+        )
+    if api_key and parts.scheme == "ws" and not is_loopback(parts.hostname):
+        raise ConfigError(
+            f"the API key would travel unencrypted to {parts.hostname}",
+            code="key_in_clear",
+            hint="use wss://, or an SSH tunnel to loopback",
+        )
+    return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/') or PATH}"
+
+
+def is_loopback(host: str) -> bool:
+    """Does this host name or address stay on this machine?"""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+class CloudLink:
+    """The link to one cloud. `state` is what the router sees: unknown, up, down or refused."""
+
+    def __init__(
+        self,
+        url: str,
+        hello: Hello,
+        *,
+        api_key: str | None = None,
+        limits: Limits | None = None,
+        ssl_context: ssl.SSLContext | None = None,
+        connect_timeout_s: float = 5.0,
+        step_timeout_s: float = 120.0,
+    ) -> None:
+        self.url = url
+        self._address = check_url(url, api_key)
+        self._hello = hello
+        self._api_key = api_key
+        self._limits = limits or Limits()
+        self._ssl = ssl_context
+        self._connect_timeout_s = connect_timeout_s
+        self._step_timeout_s = step_timeout_s
+        self._wire: Wire | None = None
+        self._retired: list[Wire] = []  # broken ones, and draining ones whose sessions still run
+        self._connecting = asyncio.Lock()
+        self.failure: IsthmusError | None = None  # why the newest attempt to connect failed
+        self._past_up = 0
+        self._past_down = 0
+        self.num_connects = 0
+        self.failed_at = float("-inf")  # monotonic seconds of the newest failure to connect
+        self.welcome: Welcome | None = None
+
+    @property
+    def state(self) -> str:
+        """ "up", "unknown" (never tried, or dropped after it worked), "down", "refused"."""
+        if self._alive() is not None:
+            return "up"
+        if self.failure is None:
+            return "unknown"
+        return "refused" if isinstance(self.failure, RejectedError) else "down"
+
+    @property
+    def detail(self) -> str:
+        """Why the state is "down" or "refused"; else ""."""
+        return "" if self.failure is None else self.failure.message
+
+    @property
+    def rtt_s(self) -> float | None:
+        """Smoothed round trip in seconds; None while not connected or not measured."""
+        wire = self._alive()
+        return None if wire is None else wire.core.rtt_s
+
+    @property
+    def bytes_up(self) -> int:
+        """Websocket payload sent since the start, in bytes."""
+        return self._past_up + (self._wire.bytes_up if self._wire else 0)
+
+    @property
+    def bytes_down(self) -> int:
+        """Websocket payload received since the start, in bytes."""
+        return self._past_down + (self._wire.bytes_down if self._wire else 0)
+
+    async def connect(self) -> Welcome:
+        """Be connected: at once if the connection is warm. CloudUnreachableError or RejectedError if not."""
+        async with self._connecting:
+            wire = self._alive()
+            if wire is None:
+                try:
+                    wire = await self._establish()
+                except IsthmusError as error:
+                    self.failure = error
+                    self.failed_at = monotonic()
+                    raise
+            self.failure = None
+            self.welcome = wire.welcomed.result()
+            return self.welcome
+
+    async def open(self, message: Open) -> LinkSession:
+        """Start a session (connects if need be). Doesn't wait for OPENED."""
+        return (await self._connected()).open(message)
+
+    async def canary(self, split: int, rows: NDArray[np.float32]) -> CanaryResult:
+        """Have the cloud compare the canary's rows at layer `split` with its own."""
+        return await (await self._connected()).canary(split, rows)
+
+    async def needs_canary(self, split: int) -> bool:
+        """Does this cloud ask for a canary before a session at `split`?"""
+        return (await self._connected()).core.needs_canary(split)
+
+    async def aclose(self) -> None:
+        """Close the connection. The link may be used again; it then reconnects."""
+        self._retire()
+        while self._retired:
+            await self._retired.pop().aclose()
+
+    def _alive(self) -> Wire | None:
+        """The connection, if it stands and was welcomed."""
+        wire = self._wire
+        if wire is None or wire.error is not None or wire.core.draining or not wire.welcomed.done():
+            return None
+        return wire
+
+    async def _connected(self) -> Wire:
+        await self.connect()
+        wire = self._alive()
+        if wire is None:  # it broke between the two lines
+            raise CloudLostError(f"the connection to {self.url} broke at once")
+        return wire
+
+    def _retire(self) -> None:
+        if self._wire is not None:
+            self._past_up += self._wire.bytes_up
+            self._past_down += self._wire.bytes_down
+            self._retired.append(self._wire)
+            self._wire = None
+
+    async def _establish(self) -> Wire:
+        self._retire()
+        for old in [wire for wire in self._retired if wire.error is not None]:
+            self._retired.remove(old)
+            await old.aclose()
+        socket_ = await self._upgrade()
+        wire = Wire(socket_, self._hello, self._limits, self._step_timeout_s)
+        try:
+            async with asyncio.timeout(self._limits.hello_timeout_s):
+                await asyncio.shield(wire.welcomed)
+        except TimeoutError:
+            await wire.aclose()
+            raise CloudUnreachableError(
+                f"{self.url} sent no WELCOME within {self._limits.hello_timeout_s:.0f} s",
+                code="no_welcome",
+                hint="is this an Isthmus cloud?",
+            ) from None
+        except IsthmusError as error:
+            await wire.aclose()
+            if isinstance(error, CloudLostError):
+                raise CloudUnreachableError(f"{self.url} hung up before WELCOME: {error.message}") from error
+            raise
+        except asyncio.CancelledError:
+            await wire.aclose()
+            raise
+        self._wire = wire
+        self.num_connects += 1
+        return wire
+
+    async def _upgrade(self) -> ClientConnection:
+        headers = {"Authorization": f"Bearer {self._api_key}"} if self._api_key else {}
+        host = urlsplit(self._address).hostname or ""
+        try:
+            socket_ = await connect(
+                self._address,
+                subprotocols=[SUBPROTOCOL],
+                additional_headers=headers,
+                compression=None,  # rows don't deflate, and deflate is an attack surface
+                max_size=self._limits.max_message_bytes + HEADER_BYTES,
+                max_queue=64,
+                ping_interval=None,  # the session protocol has its own, tied to its deadlines
+                open_timeout=self._connect_timeout_s,
+                close_timeout=1,
+                proxy=None if is_loopback(host) else True,
+                ssl=self._ssl if self._address.startswith("wss:") else None,
+            )
+        except InvalidStatus as error:
+            status = error.response.status_code
+            if status in (401, 403):
+                raise RejectedError(
+                    f"{self.url} refused the API key (HTTP {status})",
+                    code="unauthorized",
+                    hint="set ISTHMUS_API_KEY or --api-key-file to a key the cloud knows",
+                ) from error
+            raise CloudUnreachableError(f"{self.url} answered HTTP {status} to the upgrade") from error
+        except (InvalidHandshake, InvalidURI) as error:
+            raise CloudUnreachableError(f"{self.url} does not speak isthmus.v1: {error}") from error
+        except ssl.SSLError as error:
+            raise CloudUnreachableError(f"TLS with {self.url} failed: {error}", code="tls_failed") from error
+        except TimeoutError as error:
+            raise CloudUnreachableError(
+                f"{self.url} did not answer within {self._connect_timeout_s:.0f} s",
+                hint="is the cloud up, and the port open?",
+            ) from error
+        except OSError as error:
+            raise CloudUnreachableError(
+                f"{self.url} is not reachable: {error}", hint="start it with `isthmus serve cloud`"
+            ) from error
+        _tune(socket_)
+        return socket_
+
+
+def _tune(socket_: ClientConnection) -> None:
+    raw = socket_.transport.get_extra_info("socket")
+    if raw is None:
+        return
+    with suppress(OSError):  # both are an optimisation
+        raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if hasattr(socket, "TCP_NOTSENT_LOWAT"):
+            raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)

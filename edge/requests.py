@@ -1,0 +1,198 @@
+"""The words of the edge: a generation request, the decision about it, the events it yields.
+
+Pure data, shared by the agent, the router, the HTTP API and the command line.
+"""
+
+from __future__ import annotations
+
+import uuid
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from isthmus.protocol.errors import RequestError
+from isthmus.protocol.sampling import SamplingParams
+
+Route = Literal["local", "split", "offload"]
+RouteAsk = Literal["auto", "local", "split", "offload"]
+Shape = Literal["prefix", "u"]
+Privacy = Literal["any", "activations-only", "local-only"]
+RowFormatName = Literal["f32", "bf16", "int8o"]
+FinishReason = Literal["stop", "length"]
+
+MAX_STOP_STRINGS = 16
+MAX_STOP_CHARS = 256
+MAX_END_IDS = 256
+MAX_REQUEST_ID_CHARS = 128
+
+
+def new_request_id() -> str:
+    """A fresh request id, `req-` and 32 hex digits."""
+    return f"req-{uuid.uuid4().hex}"
+
+
+@dataclass(frozen=True)
+class GenerateRequest:
+    """One sequence to generate. Whatever the agent cannot honour is refused, never ignored.
+
+    `prompt_ids`: the tokenised prompt, at least one id. `max_tokens` ≥ 1. `end_ids`: ids that end the
+    sequence (finish reason "stop"; the end id itself is kept in `token_ids`, it has no text).
+    `stop`: strings that end it; the text is cut before the first of them.
+    `split`: number of layers on the edge, only with route "split" or "auto".
+    `row_format` None: the agent's default. With `n` > 1 choices, send n requests whose
+    `sampling.choice` differ.
+    """
+
+    prompt_ids: tuple[int, ...]
+    max_tokens: int
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    end_ids: tuple[int, ...] = ()
+    stop: tuple[str, ...] = ()
+    route: RouteAsk = "auto"
+    split: int | None = None
+    shape: Shape | None = None
+    privacy: Privacy = "any"
+    row_format: RowFormatName | None = None
+    request_id: str = field(default_factory=new_request_id)
+
+    def __post_init__(self) -> None:
+        """Refuse what no agent could honour (RequestError); limits of the model are the agent's."""
+        if not self.prompt_ids:
+            raise RequestError("the prompt has 0 tokens", code="empty_prompt", hint="send at least one token")
+        if self.max_tokens < 1:
+            raise RequestError(
+                f"max_tokens is {self.max_tokens}, the least is 1", code="bad_max_tokens", hint="ask for ≥ 1"
+            )
+        if len(self.end_ids) > MAX_END_IDS:
+            raise RequestError(
+                f"{len(self.end_ids)} end ids, at most {MAX_END_IDS} are allowed", code="too_many_end_ids"
+            )
+        if len(self.request_id) > MAX_REQUEST_ID_CHARS:
+            raise RequestError(
+                f"request_id has {len(self.request_id)} characters, at most {MAX_REQUEST_ID_CHARS} are taken",
+                code="bad_request_id",
+            )
+        if len(self.stop) > MAX_STOP_STRINGS:
+            raise RequestError(
+                f"{len(self.stop)} stop strings, at most {MAX_STOP_STRINGS} are allowed",
+                code="too_many_stops",
+                hint="send fewer stop strings",
+            )
+        for text in self.stop:
+            if not 1 <= len(text) <= MAX_STOP_CHARS:
+                raise RequestError(
+                    f"a stop string has {len(text)} characters, allowed are 1 to {MAX_STOP_CHARS}",
+                    code="bad_stop",
+                    hint="shorten the stop string, or leave it out",
+                )
+        for name, value, allowed in (
+            ("route", self.route, ("auto", "local", "split", "offload")),
+            ("shape", self.shape, (None, "prefix", "u")),
+            ("privacy", self.privacy, ("any", "activations-only", "local-only")),
+            ("row_format", self.row_format, (None, "f32", "bf16", "int8o")),
+        ):
+            if value not in allowed:
+                raise RequestError(
+                    f"{name} is {value!r}, allowed are {', '.join(str(a) for a in allowed if a)}",
+                    code=f"bad_{name}",
+                )
+        if self.split is not None and self.route in ("local", "offload"):
+            raise RequestError(
+                f"split={self.split} was asked together with route={self.route!r}",
+                code="bad_split",
+                hint="split goes with route 'split' or 'auto' only",
+            )
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to serve a request. `violated` names the first hard constraint it breaks, or is None."""
+
+    route: Route
+    split: int
+    shape: Shape | None
+    feasible: bool
+    violated: str | None = None
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The route taken, why, and what else was looked at. `split`: layers on the edge (0 … N)."""
+
+    route: Route
+    split: int
+    shape: Shape | None
+    reason: str
+    candidates: tuple[Candidate, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The `decision` object of the JSON outputs."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Seconds from the moment the request got its slot. `decode_tokens_per_s` counts the tokens after
+    the first; 0.0 where there is none."""
+
+    ttft_s: float
+    decode_tokens_per_s: float
+    total_s: float
+
+
+@dataclass(frozen=True)
+class LinkUse:
+    """What this request alone sent and received, in bytes of websocket payload; RTT is the link's EWMA
+    (None where nothing crossed it)."""
+
+    rtt_s: float | None = None
+    bytes_up: int = 0
+    bytes_down: int = 0
+
+
+@dataclass(frozen=True)
+class Started:
+    """First event: the decision is made, a slot is held."""
+
+    request_id: str
+    decision: Decision
+    route: Route
+    split: int
+    shape: Shape | None
+
+
+@dataclass(frozen=True)
+class Token:
+    """One generated token; indexes run 0, 1, 2 … without gap or repetition.
+
+    `text`: the text that became certain with this token; may be "" while UTF-8 or a possible stop
+    string is incomplete. `logprob` and `top` (id, logprob pairs) only if asked.
+    """
+
+    index: int
+    id: int
+    text: str
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Finished:
+    """Last event. `"".join(token texts) + tail == text`.
+
+    `counts`: prompt_tokens, completion_tokens, edge_rows_computed (positions the edge ran through its
+    layers), edge_cached_rows (prompt positions its cache already had), rows_sent (rows or ids that
+    crossed the link), cloud_cached_rows (rows the cloud did not need).
+    """
+
+    finish_reason: FinishReason
+    token_ids: tuple[int, ...]
+    text: str
+    tail: str
+    timings: Timings
+    link: LinkUse
+    counts: dict[str, int]
+    events: tuple[dict[str, Any], ...] = ()
+
+
+AgentEvent = Started | Token | Finished
