@@ -1,0 +1,167 @@
+"""`make demo`: one question, three routes, two processes, through the public command line and HTTP API.
+
+Pulls and builds the default model (once), starts the cloud service and the edge agent as two processes on
+this machine, asks the same question by each route, prints what happened, and on a terminal goes on into
+the chat. Without a terminal it stops everything and exits 0.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.table import Column, Table
+
+QUESTION = "What is the capital of France?"
+MAX_TOKENS = 48
+ISTHMUS = [sys.executable, "-m", "isthmus"]
+console = Console(highlight=False, soft_wrap=True)
+
+
+def tell(text: str) -> None:
+    """A line about what happens next, out before a child process writes its own."""
+    console.print(f"[bold]▸[/] {text}")
+    sys.stdout.flush()
+
+
+def command(*arguments: str) -> dict[str, Any]:
+    """Run `isthmus ARGUMENTS --json`; progress goes to the terminal, the result comes back."""
+    done = subprocess.run([*ISTHMUS, *arguments, "--json"], stdout=subprocess.PIPE, text=True, check=False)
+    result: dict[str, Any] = json.loads(done.stdout) if done.stdout else {}
+    if done.returncode:
+        problem = result.get("error", {"message": f"exit code {done.returncode}", "hint": ""})
+        sys.exit(f"isthmus {' '.join(arguments)}: {problem['message']} {problem['hint']}")
+    return result
+
+
+@contextmanager
+def service(*arguments: str) -> Iterator[str]:
+    """`isthmus serve …` as its own process; yields its URL once it is ready, stops it at the end.
+
+    Its log is kept apart, and shown only if it does not start.
+    """
+    with tempfile.TemporaryFile("w+") as log:
+        command = [*ISTHMUS, "serve", *arguments, "--json"]
+        # A session of its own: Ctrl-C in the chat is meant for the reply, not for the services.
+        child = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True
+        )
+        try:
+            assert child.stdout is not None
+            line = child.stdout.readline()
+            answer = json.loads(line) if line else {}
+            if "url" not in answer:
+                log.seek(0)
+                error = answer.get("error", {"message": "it ended without a word"})
+                sys.exit(f"{log.read()}isthmus serve {arguments[0]} did not start: {error['message']}")
+            yield answer["url"]
+        finally:
+            child.terminate()
+            child.wait()
+
+
+def ask(edge: str, route: str, split: int | None) -> dict[str, Any]:
+    """The question over the edge's OpenAI API, by one route, greedy."""
+    body = {
+        "messages": [{"role": "user", "content": QUESTION}],
+        "temperature": 0,
+        "max_tokens": MAX_TOKENS,
+        "isthmus": {"route": route, **({"split": split} if split else {})},
+    }
+    request = urllib.request.Request(
+        f"{edge}/v1/chat/completions", json.dumps(body).encode(), {"content-type": "application/json"}
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=120) as response:
+            reply: dict[str, Any] = json.load(response)
+    except urllib.error.HTTPError as error:
+        sys.exit(f"the edge answered {error.code}: {error.read().decode(errors='replace')}")
+    return reply
+
+
+def row(reply: dict[str, Any], layers: int) -> list[str]:
+    """One line of the table."""
+    how = reply["isthmus"]
+    timings, link = how["timings"], how["link"]
+    answer = " ".join(reply["choices"][0]["message"]["content"].split())
+    return [
+        how["route"],
+        f"{how['split']} + {layers - how['split']}",
+        answer,
+        f"{timings['ttft_s'] * 1000:.0f} ms",
+        f"{timings['decode_tokens_per_s']:.0f}",
+        f"{link['bytes_up']:,}",
+        f"{link['bytes_down']:,}",
+    ]
+
+
+def empty_table() -> Table:
+    """The table's head. K: layers on the edge + layers in the cloud."""
+    table = Table("route", "K", Column("answer", ratio=1, overflow="fold"), width=min(console.width, 110))
+    for title in ("first", "tok/s", "bytes up", "down"):
+        table.add_column(title, justify="right", no_wrap=True)
+    return table
+
+
+def main() -> None:
+    tell("pulling the model (once)")
+    pulled = command("pull")
+    tell("building its pack: quantised weights, one ONNX graph per layer (once)")
+    built = command("build")
+    layers = int(built["num_layers"])
+    console.print(
+        f"  {pulled['model']}: {layers} layers, {built['scheme']} ({built['bits']} bits), "
+        f"KL to the source weights {built['kl_to_source']:.1e}"
+    )
+    with ExitStack() as running:
+        tell("starting the cloud service (PyTorch) and the edge agent (ONNX Runtime): two processes")
+        console.print("  (the cloud's first start finds out which precision is fastest here)")
+        cloud = running.enter_context(service("cloud", "--port", "0"))
+        with service("edge", "--port", "0", "--cloud", cloud) as edge:
+            console.print(f"  cloud {cloud}   edge {edge}")
+            tell(f"asking by each route: {QUESTION}")
+            table = empty_table()
+            answers = []
+            for route, split in (("local", None), ("split", layers // 2), ("offload", None)):
+                reply = ask(edge, route, split)
+                answers.append(reply["choices"][0]["message"]["content"])
+                table.add_row(*row(reply, layers))
+            console.print(table)
+            console.print("  K: layers on the edge + layers in the cloud; first: time to the first token")
+            if not all("Paris" in answer for answer in answers):
+                sys.exit("an answer does not name Paris")
+            if not (sys.stdin.isatty() and sys.stdout.isatty()):
+                return
+        tell("now you: /route local, /route split, /route offload switch; Ctrl-D leaves")
+        sys.stdout.flush()
+        chat = subprocess.Popen([*ISTHMUS, "chat", "--cloud", cloud], env=os.environ)
+        while chat.poll() is None:
+            try:
+                chat.wait()
+            except KeyboardInterrupt:
+                continue  # Ctrl-C belongs to the chat: it stops a reply
+
+
+def leave(number: int, _: object) -> None:
+    """On a closed terminal or a polite kill: end as after an error, the services with us."""
+    sys.exit(128 + number)
+
+
+if __name__ == "__main__":
+    for name in ("SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), leave)
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,1 @@
+"""Benchmarks behind `isthmus bench …`: ratios in one run, alternating, medians, fidelity beside speed."""

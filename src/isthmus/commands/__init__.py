@@ -1,0 +1,1 @@
+"""The commands of the `isthmus` program, one file per group."""

@@ -1,0 +1,260 @@
+"""`isthmus run`: one prompt, one answer, by the route asked for."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from contextlib import aclosing
+from itertools import groupby
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from isthmus.commands.output import JsonFlag, ModelOption, err, human_bytes, print_json, write_text
+from isthmus.commands.setup import provide_pack, running_agent
+from isthmus.config import Settings
+from isthmus.protocol.errors import IsthmusError, RequestError
+
+if TYPE_CHECKING:
+    from isthmus.edge.api_models import Ask
+    from isthmus.edge.requests import Candidate, Decision, Finished, GenerateRequest, Started
+    from isthmus.splitter.pack import Pack
+
+BitsOption = Annotated[
+    str | None, typer.Option("--bits", help="Weights of the pack: auto, 4, 8 or 32.", metavar="BITS")
+]
+RouteOption = Annotated[
+    str | None, typer.Option("--route", help="auto, local, split or offload.", metavar="ROUTE")
+]
+SplitOption = Annotated[
+    int | None, typer.Option("--split", help="Number of layers on the edge.", metavar="K")
+]
+ShapeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--shape", help="Who samples in a split: the cloud (prefix) or the edge (u).", metavar="SHAPE"
+    ),
+]
+CodecOption = Annotated[
+    str | None,
+    typer.Option("--codec", help="Boundary rows on the wire: f32, bf16 or int8o.", metavar="CODEC"),
+]
+CloudOption = Annotated[
+    list[str] | None, typer.Option("--cloud", help="ws:// or wss:// URL; may be repeated.", metavar="URL")
+]
+KeyFileOption = Annotated[
+    str | None, typer.Option("--api-key-file", help="File with the key for the cloud.", metavar="FILE")
+]
+MaxTokensOption = Annotated[
+    int | None, typer.Option("--max-tokens", help="Most tokens to generate.", min=1, metavar="N")
+]
+TemperatureOption = Annotated[
+    float | None,
+    typer.Option(
+        "--temperature",
+        help="0 = greedy. Default: the model's own advice, greedy where it has none.",
+        min=0,
+        metavar="T",
+    ),
+]
+SeedOption = Annotated[
+    int | None,
+    typer.Option("--seed", help="Seed of the sampler; drawn at random by default.", min=0, metavar="S"),
+]
+
+
+def run(
+    prompt: Annotated[
+        str,
+        typer.Argument(
+            help='The question; "-" reads it from standard input, less one newline at its end.',
+            metavar="PROMPT",
+        ),
+    ],
+    model: ModelOption = None,
+    bits: BitsOption = None,
+    route: RouteOption = None,
+    split: SplitOption = None,
+    shape: ShapeOption = None,
+    codec: CodecOption = None,
+    cloud: CloudOption = None,
+    api_key_file: KeyFileOption = None,
+    max_tokens: MaxTokensOption = None,
+    temperature: TemperatureOption = None,
+    seed: SeedOption = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Give the prompt to the model as it is, without its chat template.")
+    ] = False,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Print the decision and its candidates.")
+    ] = False,
+    json: JsonFlag = False,
+) -> None:
+    """Answer one prompt: here, split over two machines, or in the cloud."""
+    settings = Settings(
+        {
+            "model": model, "bits": bits, "route": route, "split": split, "shape": shape, "codec": codec,
+            "cloud": cloud, "api_key_file": api_key_file, "max_tokens": max_tokens,
+            "temperature": temperature,
+        }
+    )  # fmt: skip
+    text = read_stdin() if prompt == "-" else prompt
+    pack = provide_pack(settings)
+    request = make_request(pack, settings, prompt_ids(pack, text, raw=raw), seed)
+    started, finished = asyncio.run(_generate(pack, settings, request, stream=not json))
+    if json:
+        print_json(result_json(request, started, finished))
+        return
+    if explain:
+        err.print(decision_table(started.decision))
+    err.print(summary_line(started, finished), style="dim", markup=False)
+
+
+def prompt_ids(pack: Pack, text: str, *, raw: bool) -> list[int]:
+    """Token ids of a single user message, or of the bare text with `raw`."""
+    from isthmus.edge.chat import ChatTemplate
+
+    template = ChatTemplate.from_pack(pack)
+    if raw:
+        return template.encode_raw(text)
+    return template.encode([{"role": "user", "content": text}])
+
+
+def read_stdin() -> str:
+    """All of standard input as text, without the newline that `echo` and editors put at its end."""
+    try:
+        text = sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError as error:
+        raise RequestError(
+            f"standard input is no UTF-8: byte {error.start} is {error.object[error.start]:#04x}",
+            code="invalid_utf8",
+            hint="convert it first, for example with iconv",
+        ) from error
+    return text.removesuffix("\n").removesuffix("\r")
+
+
+def make_request(pack: Pack, settings: Settings, ids: list[int], seed: int | None) -> GenerateRequest:
+    """A GenerateRequest from settings; sampling defaults come from the model's generation.json."""
+    import secrets
+
+    from isthmus.edge.advice import sampling_params
+    from isthmus.edge.requests import GenerateRequest
+
+    sampling = sampling_params(
+        {"temperature": settings.real("temperature")},
+        pack.generation(),
+        temperature=0.0,
+        seed=secrets.randbits(63) if seed is None else seed,
+    )
+    limit = settings.resolve("max_tokens")
+    max_tokens = int(str(limit.value))
+    if limit.origin == "default":  # nobody asked for so many: what fits will do
+        max_tokens = max(1, min(max_tokens, pack.spec.context_length - len(ids)))
+    how = asked_way(settings)
+    return GenerateRequest(
+        prompt_ids=tuple(ids),
+        max_tokens=max_tokens,
+        sampling=sampling,
+        end_ids=tuple(pack.spec.eos_ids),
+        route=how.route or "auto",
+        split=how.split,
+        shape=how.shape,
+        row_format=how.codec,
+    )
+
+
+def asked_way(settings: Settings) -> Ask:
+    """Route, K, shape and codec: flags over what is set. A K in config.toml forbids no `--route local`."""
+    from isthmus.edge.api_models import Ask
+
+    ways = {name: settings.resolve(name) for name in Ask.model_fields}
+    flags = {name: way.value for name, way in ways.items() if way.origin == "flag"}
+    stored = {name: way.value for name, way in ways.items() if way.origin != "flag"}
+    return Ask.model_validate(flags).over(Ask.model_validate(stored))
+
+
+async def _generate(
+    pack: Pack, settings: Settings, request: GenerateRequest, *, stream: bool
+) -> tuple[Started, Finished]:
+    from isthmus.edge.requests import Finished, Started, Token
+
+    started: Started | None = None
+    async with running_agent(pack, settings) as agent, aclosing(agent.generate(request)) as events:
+        async for event in events:
+            if isinstance(event, Started):
+                started = event
+            elif isinstance(event, Token) and stream:
+                write_text(event.text)
+            elif isinstance(event, Finished):
+                if stream:
+                    write_text(event.tail + "\n")
+                assert started is not None
+                return started, event
+    raise IsthmusError("the agent ended without a last event", hint="report this; it is a fault of the agent")
+
+
+def result_json(request: GenerateRequest, started: Started, finished: Finished) -> dict[str, Any]:
+    """The object `isthmus run --json` prints."""
+    from dataclasses import asdict
+
+    return {
+        "text": finished.text,
+        "token_ids": list(finished.token_ids),
+        "prompt_tokens": len(request.prompt_ids),
+        "finish_reason": finished.finish_reason,
+        "route": started.route,
+        "split": started.split,
+        "shape": started.shape,
+        "decision": started.decision.to_dict(),
+        "timings": asdict(finished.timings),
+        "link": asdict(finished.link),
+        "counts": finished.counts,
+        "events": list(finished.events),
+    }
+
+
+def summary_line(started: Started, finished: Finished) -> str:
+    """One line about how the answer came to be."""
+    timings, link = finished.timings, finished.link
+    where = {"local": "all layers here", "offload": "all layers in the cloud"}.get(
+        started.route, f"{started.split} layers here, shape {started.shape}"
+    )
+    count = len(finished.token_ids)
+    cut = ", as many as were allowed" if finished.finish_reason == "length" else ""
+    parts = [
+        f"{started.route} ({where})",
+        f"{count} token{'s' * (count != 1)}{cut}",
+        f"first after {timings.ttft_s:.2f} s",
+        f"{timings.decode_tokens_per_s:.1f} tok/s",
+    ]
+    if link.bytes_up or link.bytes_down:
+        parts.append(f"{human_bytes(link.bytes_up)} up, {human_bytes(link.bytes_down)} down")
+    return " · ".join(parts)
+
+
+def decision_table(decision: Decision) -> Table:
+    """The decision with its candidates and the first constraint each broke; neighbouring splits that share
+    their fate share a line."""
+    title = Text(f"{decision.route}: {decision.reason}")
+    table = Table("route", "layers here", "shape", "feasible", "why not", title=title)
+
+    def fate(candidate: Candidate) -> tuple[object, ...]:
+        taken = (candidate.route, candidate.split) == (decision.route, decision.split)
+        return (
+            candidate.route,
+            candidate.shape,
+            candidate.feasible,
+            candidate.violated,
+            candidate.detail,
+            taken,
+        )
+
+    for (route, shape, feasible, violated, detail, taken), group in groupby(decision.candidates, fate):
+        splits = [candidate.split for candidate in group]
+        layers = str(splits[0]) if len(splits) == 1 else f"{splits[0]} … {splits[-1]}"
+        why = ": ".join(str(part) for part in (violated, detail) if part)
+        row = (route, layers, shape or "–", "yes" if feasible else "no", why)
+        table.add_row(*(Text(str(cell)) for cell in row), style="bold" if taken else None)
+    return table

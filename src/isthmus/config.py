@@ -1,0 +1,221 @@
+"""Settings: flag > `ISTHMUS_*` environment > config.toml (XDG) > default, each with its origin."""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from isthmus.protocol.errors import ConfigError
+
+Value = str | int | float | bool | list[str] | None
+Kind = Literal["str", "int", "float", "list"]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting: its name in config.toml (the flag is `--name-with-dashes`), type, default, meaning."""
+
+    name: str
+    kind: Kind
+    default: Value
+    help: str
+    choices: tuple[str, ...] = ()
+    secret: bool = False
+
+    @property
+    def env(self) -> str:
+        return f"ISTHMUS_{self.name.upper()}"
+
+    def shown(self, value: Value) -> Value:
+        """The value, unless it is a secret: then only that there is one."""
+        return "(set)" if self.secret and value else value
+
+
+SETTINGS: tuple[Setting, ...] = (
+    Setting(
+        "model", "str", "smollm2-135m", "catalog name, hub repository, folder, .gguf file or pack folder"
+    ),
+    Setting("bits", "str", "auto", "weight precision of the pack", ("auto", "4", "8", "32")),
+    Setting("cloud", "list", None, "cloud URLs (ws:// or wss://), tried in order"),
+    Setting("api_key", "str", None, "key for the cloud", secret=True),
+    Setting("api_key_file", "str", None, "file with the key (edge) or `label:key` lines (cloud)"),
+    Setting("route", "str", "auto", "route of a request", ("auto", "local", "split", "offload")),
+    Setting("split", "int", None, "number of layers on the edge"),
+    Setting(
+        "shape", "str", None, "who samples in a split: the cloud (prefix) or the edge (u)", ("prefix", "u")
+    ),
+    Setting("codec", "str", None, "format of boundary rows on the wire", ("f32", "bf16", "int8o")),
+    Setting("provider", "str", "cpu", "ONNX Runtime execution provider of the edge"),
+    Setting(
+        "threads", "int", None, "compute threads; none given = the physical cores allowed to this process"
+    ),
+    Setting("memory_mb", "int", None, "most memory the edge's weights and KV may take"),
+    Setting("min_depth", "int", 1, "fewest layers the edge keeps when it splits"),
+    Setting("parallel", "int", 1, "requests the edge serves at once"),
+    Setting("queue", "int", 64, "requests that may wait on the edge before it answers 429"),
+    Setting("device", "str", "auto", "where the cloud computes", ("auto", "cpu", "cuda")),
+    Setting("precision", "str", "auto", "weights of the cloud", ("auto", "fp32", "bf16", "int8", "int4")),
+    Setting("max_tokens", "int", 256, "most tokens to generate"),
+    Setting("temperature", "float", None, "0 = greedy; none given = what the model's makers advise"),
+)
+BY_NAME = {setting.name: setting for setting in SETTINGS}
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A value and where it came from: `flag`, the environment variable, the file, or `default`."""
+
+    value: Value
+    origin: str
+
+
+def config_path(env: Mapping[str, str] | None = None) -> Path:
+    """$ISTHMUS_CONFIG, or config.toml under $XDG_CONFIG_HOME/isthmus (default ~/.config/isthmus)."""
+    env = os.environ if env is None else env
+    if explicit := env.get("ISTHMUS_CONFIG"):
+        return Path(explicit)
+    base = env.get("XDG_CONFIG_HOME") or str(Path(env.get("HOME") or Path.home()) / ".config")
+    return Path(base) / "isthmus" / "config.toml"
+
+
+def read_file(path: Path) -> dict[str, Value]:
+    """The settings in `path`, checked; {} when there is no such file."""
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path}: {error}", hint="mend the file, or move it away") from error
+    return {name: parse(lookup(name, str(path)), value, str(path)) for name, value in raw.items()}
+
+
+def lookup(name: str, origin: str) -> Setting:
+    """The setting called `name`, or a ConfigError naming those that exist."""
+    if name not in BY_NAME:
+        raise ConfigError(
+            f"{origin}: there is no setting {name!r}", hint=f"settings: {', '.join(sorted(BY_NAME))}"
+        )
+    return BY_NAME[name]
+
+
+def parse(setting: Setting, raw: object, origin: str) -> Value:
+    """`raw` (text from a flag, the environment or `config set`; or a TOML value) as the setting's type."""
+    try:
+        value: Value
+        match setting.kind:
+            case "list":
+                value = (
+                    [v.strip() for v in raw.split(",") if v.strip()]
+                    if isinstance(raw, str)
+                    else _strings(raw)
+                )
+            case "int":
+                if isinstance(raw, bool | float):
+                    raise ValueError
+                value = int(str(raw))
+            case "float":
+                if isinstance(raw, bool):
+                    raise ValueError
+                value = float(str(raw))
+            case "str":
+                value = str(raw)
+    except ValueError:
+        raise ConfigError(
+            f"{origin}: {setting.name} = {raw!r} is not of type {setting.kind}", hint=setting.help
+        ) from None
+    if setting.choices and value not in setting.choices:
+        raise ConfigError(f"{origin}: {setting.name} = {raw!r}", hint=f"one of {', '.join(setting.choices)}")
+    return value
+
+
+def _strings(raw: object) -> list[str]:
+    if isinstance(raw, list | tuple) and all(isinstance(item, str) for item in raw):
+        return list(raw)
+    raise ValueError
+
+
+class Settings:
+    """Resolves settings for one command; flags are given by name, None meaning "not given".
+
+    Raises ConfigError for any flag, variable or line of the file that is wrong, before the command does
+    anything that takes long.
+    """
+
+    def __init__(
+        self, flags: Mapping[str, object] | None = None, env: Mapping[str, str] | None = None
+    ) -> None:
+        self.env = os.environ if env is None else env
+        self.flags = {name: value for name, value in (flags or {}).items() if value not in (None, [], ())}
+        self.path = config_path(self.env)
+        self.file = read_file(self.path)
+        for name in BY_NAME:
+            self.resolve(name)
+
+    def resolve(self, name: str) -> Resolved:
+        setting = BY_NAME[name]
+        if name in self.flags:
+            flag = f"--{name.replace('_', '-')}"
+            return Resolved(parse(setting, self.flags[name], flag), "flag")
+        if raw := self.env.get(setting.env):
+            return Resolved(parse(setting, raw, setting.env), setting.env)
+        if name in self.file:
+            return Resolved(self.file[name], str(self.path))
+        return Resolved(setting.default, "default")
+
+    def text(self, name: str) -> str | None:
+        value = self.resolve(name).value
+        return None if value is None else str(value)
+
+    def number(self, name: str) -> int | None:
+        value = self.resolve(name).value
+        return None if value is None else int(str(value))
+
+    def real(self, name: str) -> float | None:
+        value = self.resolve(name).value
+        return None if value is None else float(str(value))
+
+    def texts(self, name: str) -> list[str]:
+        value = self.resolve(name).value
+        return list(value) if isinstance(value, list) else []
+
+    def show(self) -> dict[str, dict[str, Value]]:
+        """Every setting as {"value", "origin"}; secrets are shown only as being set."""
+        shown: dict[str, dict[str, Value]] = {}
+        for setting in SETTINGS:
+            resolved = self.resolve(setting.name)
+            shown[setting.name] = {"value": setting.shown(resolved.value), "origin": resolved.origin}
+        return shown
+
+
+def write_setting(path: Path, name: str, raw: str) -> Value:
+    """Store one setting in `path` (created if needed) and return its parsed value."""
+    value = parse(lookup(name, "config set"), raw, "config set")
+    current = read_file(path) | {name: value}
+    lines = [f"{key} = {_toml(item)}" for key, item in sorted(current.items()) if item is not None]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        part.touch(mode=0o600)  # it may hold a key
+        part.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        part.replace(path)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write {path}: {error.strerror}", hint="set ISTHMUS_CONFIG to a file you may write"
+        ) from error
+    return value
+
+
+def _toml(value: Value) -> str:
+    if isinstance(value, list):
+        return "[" + ", ".join(_toml(item) for item in value) + "]"
+    if isinstance(value, str):
+        escaped = "".join(
+            f"\\u{ord(c):04x}" if ord(c) < 32 or ord(c) == 127 else {"\\": "\\\\", '"': '\\"'}.get(c, c)
+            for c in value
+        )
+        return f'"{escaped}"'
+    return str(value)
