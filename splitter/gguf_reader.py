@@ -7,7 +7,6 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 from __future__ import annotations
 
-import contextlib
 import math
 import mmap
 import struct
@@ -19,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from isthmus.protocol.errors import ModelFileError, UnsupportedModelError
+from isthmus.splitter.mapped import MappedFile
 
 # Type id -> (name, elements per block, bytes per block).
 TYPES: dict[int, tuple[str, int, int]] = {
@@ -127,27 +127,12 @@ class _Cursor:
         return items.tolist()
 
 
-class GGUFFile:
+class GGUFFile(MappedFile):
     """An open, validated GGUF file: `.metadata` (plain Python values) and `.tensors` by name.
 
     Raises `ModelFileError` for anything damaged and `UnsupportedModelError` for tensor types we
     can't read. Nothing of the tensors' contents is read until `raw` or `dense` asks for it.
     """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            with path.open("rb") as file:
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except ValueError as error:  # mmap of an empty file
-            raise ModelFileError(f"{path.name}: file is empty", hint="pull the model again") from error
-        except OSError as error:
-            raise ModelFileError(f"cannot open {path}: {error.strerror}") from error
-        try:
-            self._parse()
-        except BaseException:
-            self.close()
-            raise
 
     def _parse(self) -> None:
         cursor = _Cursor(self._map, self.path)
@@ -236,11 +221,6 @@ class GGUFFile:
         """The values as f32[shape], in memory of their own."""
         tensor = self.tensors[name]
         return dequantize(self.raw(name), tensor.type).reshape(tensor.shape)
-
-    def close(self) -> None:
-        """Gives the mapping back; views still held keep it alive until they go."""
-        with contextlib.suppress(BufferError):  # someone holds a view: the mapping goes with the last one
-            self._map.close()
 
 
 def dequantize(raw: npt.NDArray[np.uint8], type_name: str) -> npt.NDArray[np.float32]:

@@ -6,10 +6,8 @@ and both numbers. Format: https://github.com/huggingface/safetensors#format
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import mmap
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +19,7 @@ import numpy.typing as npt
 
 from isthmus.protocol.errors import ModelFileError, UnsupportedModelError
 from isthmus.splitter.gguf_reader import dequantize
+from isthmus.splitter.mapped import MappedFile
 
 _ITEMSIZE = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1,
@@ -42,28 +41,13 @@ class StoredTensor:
     nbytes: int
 
 
-class SafetensorsFile:
+class SafetensorsFile(MappedFile):
     """An open, validated `.safetensors` file. Raises `ModelFileError` for anything damaged."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            with path.open("rb") as file:
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except ValueError as error:  # mmap of an empty file
-            raise ModelFileError(f"{path.name}: file is empty", hint="pull the model again") from error
-        except OSError as error:
-            raise ModelFileError(f"cannot open {path}: {error.strerror}") from error
-        try:
-            self.tensors = self._parse()
-        except BaseException:
-            self.close()
-            raise
 
     def _fail(self, what: str) -> ModelFileError:
         return ModelFileError(f"{self.path.name}: {what}", hint="pull the model again")
 
-    def _parse(self) -> dict[str, StoredTensor]:
+    def _parse(self) -> None:
         size = len(self._map)
         if size < 8:
             raise self._fail(f"cut short: {size} bytes, the header's length alone takes 8")
@@ -77,7 +61,8 @@ class SafetensorsFile:
         if not isinstance(header, dict):
             raise self._fail("header is not a JSON object")
         header.pop("__metadata__", None)
-        start, tensors = 8 + length, {}
+        start = 8 + length
+        tensors: dict[str, StoredTensor] = {}
         for name, entry in header.items():
             tensors[name] = self._entry(name, entry, start, size)
         end, previous = start, "the header"
@@ -92,7 +77,7 @@ class SafetensorsFile:
             end, previous = tensor.offset + tensor.nbytes, repr(tensor.name)
         if end != size:
             raise self._fail(f"tensors end at byte {end}, the file has {size}")
-        return tensors
+        self.tensors = tensors
 
     def _entry(self, name: str, entry: Any, start: int, size: int) -> StoredTensor:
         if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= set(entry):
@@ -126,11 +111,6 @@ class SafetensorsFile:
                 hint=f"supported: {', '.join(_READABLE)}",
             )
         return dequantize(self.raw(name), tensor.dtype).reshape(tensor.shape)
-
-    def close(self) -> None:
-        """Gives the mapping back; views still held keep it alive until they go."""
-        with contextlib.suppress(BufferError):  # someone holds a view: the mapping goes with the last one
-            self._map.close()
 
 
 def _sizes(values: Any) -> bool:
