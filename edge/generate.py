@@ -115,7 +115,7 @@ class Generation:
         self._num_out = 0
         self._arrived: deque[tuple[Sampled, FinishReason | None]] = deque()
         self._draw: asyncio.Future[Sampled] | None = None
-        self._step: asyncio.Future[Chunk] | None = None
+        self._step: Chunk | asyncio.Future[Chunk] | None = None
         self._jobs: set[asyncio.Future[Any]] = set()  # submitted, not finished
         self._edge_cached = 0
         self._released = False
@@ -132,7 +132,7 @@ class Generation:
                 token, finish = self._account(sampled, cloud_finish)
                 if finish is None:
                     self._begin_step(sampled.token)
-                    if self._step is not None and self._step.done():
+                    if isinstance(self._step, Chunk):  # computed already: the cloud may begin
                         await self._send_step()
                 yield token
                 if finish is None:
@@ -242,8 +242,7 @@ class Generation:
             index = self._num_out
             self._draw = self._submit(lambda: self._edge.rows_and_drawn((token,), index))
         elif self._edge.split > 0 and self._is_short():
-            self._step = asyncio.get_running_loop().create_future()
-            self._step.set_result(self._edge.chunk((token,)))
+            self._step = self._edge.chunk((token,))
         elif self._edge.split > 0:
             self._step = self._submit(lambda: self._edge.chunk((token,)))
 
@@ -256,7 +255,7 @@ class Generation:
         """Send the row of the newest token, if this route sends one."""
         if self._step is None or self._cloud is None:
             return
-        chunk = await self._step
+        chunk = self._step if isinstance(self._step, Chunk) else await self._step
         self._step = None
         await self._cloud.send_rows(chunk, len(self._ids) - 1, final=True)
 

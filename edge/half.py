@@ -1,7 +1,8 @@
 """The edge's half of one request: blocks [0, K), and norm, head and sampler where they are its part.
 
-Every method computes and runs in the agent's one worker thread, never on the event loop. That thread also
-owns the cache pool, so nothing here needs a lock, and what is put away is not in use any more.
+Every method computes. They run in the agent's one worker thread, which also owns the cache pool, so nothing
+here needs a lock, and what is put away is not in use any more. Only `chunk` and `drawn` of one row, which
+touch no pool, may run on the event loop instead, while no other request runs (`Generation._is_short`).
 """
 
 from __future__ import annotations

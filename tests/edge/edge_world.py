@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +13,13 @@ from isthmus.protocol.sampling import SamplingParams
 from isthmus.splitter.build import build_pack
 from isthmus.splitter.checkpoint import open_checkpoint
 from isthmus.splitter.pack import Pack
+from tests.packs import SideFiles
 from tests.tiny import TINY_CHAT_TEMPLATE, make_tiny, tiny_tokenizer_json
 
 GREEDY = SamplingParams(temperature=0.0)
 
 
-@dataclass(frozen=True)
-class TinyFiles:
-    """What a pack needs besides weights."""
-
-    tokenizer_json: bytes = tiny_tokenizer_json().encode()
-    chat_template: str | None = TINY_CHAT_TEMPLATE
-    generation: Mapping[str, Any] = field(default_factory=dict)
+TINY_FILES = SideFiles(tiny_tokenizer_json().encode(), TINY_CHAT_TEMPLATE)
 
 
 @dataclass(frozen=True)
@@ -42,7 +36,7 @@ def make_model(
     """A tiny checkpoint and the pack built from it."""
     checkpoint = make_tiny(family, root / "checkpoint", seed=seed, **overrides)
     with open_checkpoint(checkpoint) as source:
-        build_pack(source, TinyFiles(), root / "pack", bits=bits)
+        build_pack(source, TINY_FILES, root / "pack", bits=bits)
     return TinyModel(checkpoint, Pack.open(root / "pack"))
 
 

@@ -95,7 +95,7 @@ async def _measure(
     from isthmus.edge.agent import Agent
 
     agents = {rtt: Agent(pack, cloud_urls=(url,), threads=what.edge_threads) for rtt, url in relays.items()}
-    halves = _Halves(pack, what, cloud)
+    standalone = _Halves(pack, what, cloud)
     parts: list[_Standalone] = []
     speeds: dict[float, list[float]] = {rtt: [] for rtt in relays}
     for agent in agents.values():
@@ -103,15 +103,15 @@ async def _measure(
     try:
         for agent in agents.values():
             await _decode_speed(agent, what, seed=0)  # connects, loads layers, fills caches
-        await asyncio.to_thread(halves.measure)  # off the event loop: the links' heartbeats go on
+        await asyncio.to_thread(standalone.measure)  # off the event loop: the links' heartbeats go on
         for number in range(what.rounds):
-            parts.append(await asyncio.to_thread(halves.measure))
+            parts.append(await asyncio.to_thread(standalone.measure))
             for rtt, agent in agents.items():
                 speeds[rtt].append(await _decode_speed(agent, what, seed=number + 1))
     finally:
         for agent in agents.values():
             await agent.aclose()
-    return _report(pack, what, halves.precision, parts, speeds)
+    return _report(pack, what, standalone.precision, parts, speeds)
 
 
 def _report(
