@@ -16,116 +16,57 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from isthmus.cloud.kv import PAGE_TOKENS, BlockTable, PageArray, PageCopies
+from isthmus.cloud.attention_cuda import VarlenBatch, varlen_obstacle
+from isthmus.cloud.kv_store import KVStore, StepSequence
 from isthmus.protocol.errors import IsthmusError
 
 MAX_BATCHED_ROWS = 16
 """Sequences with more new rows than this run alone: their products are large enough by themselves."""
+
+MAX_SDPA_KEYS = 1024
+"""Keys of all sequences of a batch together up to which SDPA's one call beats two batched products: one
+session at 144 keys takes 26 µs instead of 60 in bf16, eight of them the same, more are slower."""
 
 MAX_PADDING_BYTES = 512 * 1024
 """Padding that one more group of sequences would have to save: a group costs about 50 µs per layer, in which
 some 0.5 MB of pages are gathered."""
 
 
-class KVStore:
-    """The contents of all pages: [num_pages + 1, 2 * kv_heads, 16, head_dim], the key heads first.
+_BATCH_STEP = 4
 
-    A head's 16 tokens lie together, so that one indexed read gathers many sequences straight into the
-    batched-matrix layout [sequence, head, token, dim]. The last page is never handed out and stays zero:
-    padding points at it, never at a page that may be another tenant's.
+
+def few_sizes(size: int) -> int:
+    """`size` rounded up to one of four sizes per doubling: 1-8, 10, 12, 14, 16, 20, 24, 28, 32, 40, …
+
+    oneDNN compiles a kernel for every new shape of a bf16 product (about 1 ms and 150 KB each). Contexts
+    that grow and batches that change would meet new shapes in nearly every step; so they are padded.
     """
-
-    def __init__(
-        self,
-        num_pages: int,
-        *,
-        num_kv_heads: int,
-        head_dim: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        page_tokens: int = PAGE_TOKENS,
-    ) -> None:
-        self.num_pages = num_pages
-        self.num_kv_heads = num_kv_heads
-        self.page_tokens = page_tokens
-        self.null_page = num_pages
-        self.data = torch.zeros(
-            (num_pages + 1, 2 * num_kv_heads, page_tokens, head_dim), dtype=dtype, device=device
-        )
-        self._chunks = self.data.view(-1, page_tokens * head_dim)
-        self._slots = self.data.view(-1, head_dim)
-        heads = torch.arange(2 * num_kv_heads, device=device)
-        self._chunk_of_head = heads.view(2, 1, num_kv_heads, 1).int()
-        self._slot_of_head = heads * page_tokens
-
-    @property
-    def device(self) -> torch.device:
-        return self.data.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.data.dtype
-
-    @property
-    def page_bytes(self) -> int:
-        """Bytes of one page: 16 tokens of one layer."""
-        return self.data[0].nbytes
-
-    def zero_pages(self, pages: PageArray) -> None:
-        """For `PagePool(on_alloc=...)`."""
-        self.data.index_fill_(0, self._index(pages), 0)
-
-    def copy_pages(self, copies: PageCopies) -> None:
-        """Makes the copies that `BlockTable.ensure` asked for."""
-        if len(copies):
-            self.data.index_copy_(
-                0, self._index(copies.dst), self.data.index_select(0, self._index(copies.src))
-            )
-
-    def slot_numbers(
-        self, pages: npt.NDArray[np.int32], offsets: npt.NDArray[np.int64]
-    ) -> npt.NDArray[np.int64]:
-        """What `write` wants for tokens at `offsets` of `pages` (arrays that broadcast)."""
-        return pages.astype(np.int64) * (2 * self.num_kv_heads * self.page_tokens) + offsets
-
-    def write(self, slots: Tensor, kv: Tensor) -> None:
-        """Rows kv [n, 2 * kv_heads, head_dim] into `slots` int64[n] (of `slot_numbers`)."""
-        self._slots.index_copy_(
-            0, (slots[:, None] + self._slot_of_head).view(-1), kv.reshape(-1, kv.shape[-1])
-        )
-
-    def gather(self, pages: Tensor) -> tuple[Tensor, Tensor]:
-        """Pages int32[batch, columns] → keys and values, each [batch * kv_heads, columns * 16, head_dim]."""
-        heads = self._chunk_of_head + pages[None, :, None, :] * (2 * self.num_kv_heads)
-        found = self._chunks.index_select(0, heads.view(-1))
-        keys, values = found.view(2, pages.shape[0] * self.num_kv_heads, -1, self.data.shape[-1])
-        return keys, values
-
-    def _index(self, pages: PageArray) -> Tensor:
-        return torch.from_numpy(pages.astype(np.int64)).to(self.device)
-
-
-@dataclass(frozen=True, slots=True)
-class StepSequence:
-    """One session's rows of a step: positions [table.length, table.length + num_rows), pages ensured."""
-
-    table: BlockTable
-    num_rows: int
+    step = 1 << max(0, (size - 1).bit_length() - 3)
+    return -(-size // step) * step
 
 
 @dataclass(slots=True)
 class _Group:
-    """Sequences that attend as one batch, in step order. Sizes: B sequences, n rows each, P columns."""
+    """Sequences that attend as one batch, in step order. Sizes: n rows each, P columns, B sequences with the
+    padding up to the next usual batch size, whose pages are all the null page."""
 
     num_rows: int
-    rows: Tensor | None  # int64 [B * n] row numbers in the step; None if they are first_row, first_row + 1, …
+    rows: (
+        Tensor | None
+    )  # int64 [sequences * n] row numbers in the step; None if they are first_row, first_row + 1, …
     first_row: int
     pages: Tensor  # int32 [num_layers, B, P]
     num_keys: int  # T: keys that matter, <= P * 16
     batched: bool  # n <= MAX_BATCHED_ROWS, else B = 1
     mask: Tensor | None  # 0 where visible, -inf elsewhere: [B * kv_heads, 1 or group * n, T], or [n, T]
     # A whole sequence from position 0 needs no mask: its keys are just the new rows.
-    active: npt.NDArray[np.int64]  # [num_layers]: how many of the B sequences a layer runs
+    active: npt.NDArray[np.int64]  # [num_layers]: how many of the sequences a layer runs
+
+    def padded(self, active: int) -> int:
+        """How many sequences to compute so that `active` of them come out; the rest attend to zeros."""
+        if not self.batched or active * self.num_keys <= MAX_SDPA_KEYS:
+            return active
+        return _BATCH_STEP * few_sizes(-(-active // _BATCH_STEP))
 
 
 class AttentionBatch:
@@ -165,6 +106,13 @@ class AttentionBatch:
         self._active = np.searchsorted(np.array(self.entry_layers), layers, side="right")
         self._rows_at = self._offsets[self._active]
         self._slots = self._move(self._slot_numbers())
+        self._varlen: VarlenBatch | None = None
+        self._groups: list[_Group] = []
+        if varlen_obstacle(store.device, store.dtype, store.data.shape[-1]) is None:
+            self._varlen = VarlenBatch(
+                sequences, store=store, num_layers=num_layers, sliding_window=sliding_window
+            )
+            return
         self._groups = [self._make_group(members) for members in self._grouping()]
 
     def rows_at(self, layer: int) -> int:
@@ -178,6 +126,8 @@ class AttentionBatch:
         """
         num_rows = q.shape[0]
         self.store.write(self._slots[layer, :num_rows], kv)
+        if self._varlen is not None:
+            return self._varlen.attend(layer, int(self._active[layer]), q)
         out: Tensor | None = None
         for group in self._groups:
             active = int(group.active[layer])
@@ -204,9 +154,14 @@ class AttentionBatch:
         if group.mask is None:
             k, v = kv[group.first_row : group.first_row + group.num_rows].transpose(0, 1).chunk(2)
             return chunk_attention(q, k, v, None)
-        k, v = self.store.gather(group.pages[layer, :active])
+        padded = group.padded(active)
+        k, v = self.store.gather(group.pages[layer, :padded])
         if not group.batched:
             return chunk_attention(q, k[:, : group.num_keys], v[:, : group.num_keys], group.mask)
+        if padded > active:
+            wider = q.new_zeros((padded * group.num_rows, *q.shape[1:]))
+            wider[: len(q)] = q
+            return batched_attention(wider, k, v, group.mask[: k.shape[0]], num_rows=group.num_rows)[: len(q)]
         return batched_attention(q, k, v, group.mask[: k.shape[0]], num_rows=group.num_rows)
 
     def _move(self, array: npt.NDArray[np.generic]) -> Tensor:
@@ -258,15 +213,21 @@ class AttentionBatch:
         sequences = [self._sequences[number] for number in members]
         num_rows = sequences[0].num_rows
         firsts = np.array([self._first_column(sequence) for sequence in sequences])
+        batched = num_rows <= MAX_BATCHED_ROWS
         num_columns = max(self._num_columns(sequence) for sequence in sequences)
-        pages = np.full((self._num_layers, len(members), num_columns), self.store.null_page, dtype=np.int32)
+        width = len(members)
+        if batched:
+            num_columns = few_sizes(num_columns)
+            width = _BATCH_STEP * few_sizes(-(-width // _BATCH_STEP))
+        pages = np.full((self._num_layers, width, num_columns), self.store.null_page, dtype=np.int32)
         for i, sequence in enumerate(sequences):
             table = sequence.table
             columns = table.pages[:, firsts[i] : firsts[i] + self._num_columns(sequence)]
             pages[table.first_layer :, i, : columns.shape[1]] = columns
-        starts = np.array([sequence.table.length for sequence in sequences])
-        origins = firsts * self.store.page_tokens
-        batched = num_rows <= MAX_BATCHED_ROWS
+        starts = np.zeros(width, dtype=np.int64)  # padding sees one key of zeros
+        starts[: len(members)] = [sequence.table.length for sequence in sequences]
+        origins = np.zeros(width, dtype=np.int64)
+        origins[: len(members)] = firsts * self.store.page_tokens
         # A batch takes whole pages: cutting the last one would make its batched products copy the keys.
         num_keys = num_columns * self.store.page_tokens if batched else int(starts[0] + num_rows - origins[0])
         whole = not batched and not starts[0] and (self._window is None or num_rows <= self._window)
@@ -317,7 +278,8 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def batched_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *, num_rows: int) -> Tensor:
-    """A few rows each of many sequences: two batched products with the query heads folded into rows.
+    """A few rows each of many sequences, with the query heads folded into rows: SDPA for few keys, else two
+    batched products.
 
     q [B * n, heads, d]; k, v [B * kv_heads, T, d]; mask [B * kv_heads, 1 or group * n, T] → like q.
     At 32 sequences of 256 tokens in bf16 (1 thread) this takes 0.3 ms where SDPA takes 2.6: its blocks are
@@ -325,12 +287,19 @@ def batched_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, *, num_rows
     """
     heads, dim = q.shape[1:]
     batch = q.shape[0] // num_rows
-    group = heads * batch // k.shape[0]
-    folded = q.view(batch, num_rows, -1, group, dim).permute(0, 2, 3, 1, 4)
-    folded = folded.reshape(k.shape[0], group * num_rows, dim)
-    scores = torch.baddbmm(mask, folded, k.transpose(1, 2), alpha=dim**-0.5)
-    out = torch.bmm(scores.softmax(-1), v)
-    return out.view(batch, -1, group, num_rows, dim).permute(0, 3, 1, 2, 4).reshape(q.shape)
+    kv_heads = k.shape[0] // batch
+    group = heads // kv_heads
+    folded = q.view(batch, num_rows, kv_heads, group, dim).permute(0, 2, 3, 1, 4)
+    if batch * k.shape[1] <= MAX_SDPA_KEYS:
+        shape = (batch, kv_heads, -1, dim)
+        bias = mask.view(batch, kv_heads, -1, k.shape[1])
+        out = F.scaled_dot_product_attention(
+            folded.reshape(shape), k.view(shape), v.view(shape), attn_mask=bias
+        )
+    else:
+        scores = torch.baddbmm(mask, folded.reshape(k.shape[0], -1, dim), k.transpose(1, 2), alpha=dim**-0.5)
+        out = torch.bmm(scores.softmax(-1), v)
+    return out.view(batch, kv_heads, group, num_rows, dim).permute(0, 3, 1, 2, 4).reshape(q.shape)
 
 
 def chunk_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

@@ -220,6 +220,7 @@ class Peer:
                 offer=tuple(request.offer.entries),
                 tenant=self.tenant,
                 stream_window=self._hub.limits.stream_window_tokens,
+                priority=request.priority,
             ),
             self._from_engine,
         )
@@ -247,6 +248,7 @@ class Peer:
             rows,
             output="all" if step.all_rows else "last" if step.final else "none",
             truncate_to=step.pos if step.truncate else None,
+            drafts=step.drafts or None,
         )
 
     def _decode(self, live: _Live, step: StepReceived) -> NDArray[np.float32] | list[int]:
@@ -306,7 +308,7 @@ class Peer:
         match output:
             case out.Tokens():
                 self._give_tokens(live, output)
-                self._observe(live, now)
+                self._observe(live, now, len(output.sampled))
             case out.Hidden(kv_len=kv_len, rows=rows):
                 if isinstance(encoded, IsthmusError):
                     raise encoded
@@ -375,9 +377,11 @@ class Peer:
         self._hub.telemetry.request_s.observe(monotonic() - live.opened_s)
         self._hub.telemetry.sessions_ended.labels(outcome=outcome).inc()
 
-    def _observe(self, live: _Live, now: float) -> None:
+    def _observe(self, live: _Live, now: float, num_tokens: int = 1) -> None:
+        """`num_tokens` came at once: each took its share of the time."""
         if live.last_output_s is None:
             self._hub.telemetry.first_token_s.observe(now - live.opened_s)
         else:
-            self._hub.telemetry.inter_token_s.observe(now - live.last_output_s)
+            for _ in range(num_tokens):
+                self._hub.telemetry.inter_token_s.observe((now - live.last_output_s) / num_tokens)
         live.last_output_s = now

@@ -18,6 +18,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
+from isthmus.cloud.batch_window import BatchWindow
 from isthmus.cloud.engine_core import EngineCore, StepRecord
 from isthmus.cloud.engine_session import (
     CanaryRows,
@@ -56,6 +57,7 @@ class EngineStats:
     prefix_hits_total: int
     prefix_hit_rows_total: int
     prefix_evictions_total: int
+    batch_wait_seconds_total: float
 
 
 class Engine:
@@ -69,8 +71,12 @@ class Engine:
         clock: Callable[[], float] = time.monotonic,
         on_step: Callable[[StepRecord], None] | None = None,
         on_bug: Callable[[BaseException], None] | None = None,
+        window: BatchWindow | None = None,
     ) -> None:
-        """`on_bug` hears of exceptions that are no IsthmusError; the sessions concerned fail with one."""
+        """`on_bug` hears of exceptions that are no IsthmusError; the sessions concerned fail with one.
+        `window` says how long the thread holds a step back for further edges' rows (`step` never does)."""
+        self.window = window or BatchWindow()
+        self.batch_wait_s = 0.0
         self.core = EngineCore(forward, scheduler, clock=clock, on_step=on_step, on_bug=on_bug)
         self._clock = clock
         self._sinks: dict[int, Sink] = {}
@@ -105,10 +111,30 @@ class Engine:
         *,
         output: OutputRows = "none",
         truncate_to: int | None = None,
+        drafts: Sequence[int] | None = None,
     ) -> None:
         """Appends rows at layer K (float32 [n, hidden]) or, at K = 0, token ids; first cuts to
-        `truncate_to`. `Progress`, and `Tokens` or `Hidden` where `output` asks for them, follow."""
-        self._submit(partial(self.core.add_rows, session_id, as_rows(rows), output, truncate_to))
+        `truncate_to`. `Progress`, and `Tokens` or `Hidden` where `output` asks for them, follow.
+
+        `drafts` are the ids of the rows of a draft chain (not in offload), every one of which may produce
+        output. Prefix shape: `Tokens` has those up to the first that is not the next row's id; the rows
+        after it are cut off again. U-shape: `Hidden` has all rows, the ids are not looked at. As behind any
+        row that produces output, nothing may be added before the answer (rule 7).
+        """
+        chain = () if drafts is None else tuple(drafts)
+        if drafts is not None:
+            if len(chain) != len(rows):
+                raise ValueError(f"{len(chain)} draft ids for {len(rows)} rows")
+            output = "all"
+        apply = partial(self.core.add_rows, session_id, as_rows(rows), output, truncate_to, chain)
+        if output == "none":
+            self._submit(apply)  # a prompt's chunk fills a step by itself
+        else:
+            self._submit(partial(self._apply_decode, apply, self._clock()))
+
+    def _apply_decode(self, apply: Callable[[], None], arrived_s: float) -> None:
+        self.window.note_arrivals(1, now=arrived_s)
+        apply()
 
     def set_stream_limit(self, session_id: int, limit: int) -> None:
         """Offload: how many tokens may be streamed in total before the session pauses."""
@@ -116,7 +142,7 @@ class Engine:
 
     def cancel(self, session_id: int) -> None:
         """Ends the session and frees its pages; `Closed` follows. Unknown sessions are ignored."""
-        self._submit(partial(self.core.close, session_id, ()))
+        self._submit(partial(self.core.close, session_id, cancelled=True))
 
     def close(self, session_id: int, offer: Sequence[tuple[int, str]]) -> None:
         """Ends the session and keeps its KV under `offer` for later sessions; `Closed` follows."""
@@ -148,6 +174,7 @@ class Engine:
             prefix_hits_total=cache.num_hits,
             prefix_hit_rows_total=cache.num_hit_tokens,
             prefix_evictions_total=cache.num_evictions,
+            batch_wait_seconds_total=self.batch_wait_s,
         )
 
     def _submit(
@@ -190,11 +217,26 @@ class Engine:
                 if self._stopping:
                     return
             try:
+                self.core.beat()
+                self._hold()
                 self.step()
             except Exception as error:
                 self._retry_in_s = None
                 self.core.fail_all(error)
                 self._hand_out(self.core.take_outputs())
+
+    def _hold(self) -> None:
+        """Waits for further edges' rows, where the batch window says that it pays."""
+        while True:
+            self._apply_commands()
+            now = self._clock()
+            wait_s = self.window.wait_s(self.core.scheduler.num_ready, now=now)
+            if wait_s <= 0:
+                return
+            with self._wake:
+                if not self._commands and not self._stopping:
+                    self._wake.wait(wait_s)
+            self.batch_wait_s += self._clock() - now
 
     def _can_step(self) -> bool:
         return self._retry_in_s is None and self.core.scheduler.has_work
@@ -202,13 +244,19 @@ class Engine:
     def step(self) -> list[EngineOutput]:
         """Applies the queued commands, computes one step, hands out and returns the outputs."""
         self.core.beat()
-        while self._commands:
-            self._commands.popleft()()
+        self._apply_commands()
+        begun, num_steps = self._clock(), self.core.steps_total
         self._retry_in_s = self.core.step()
+        if self.core.steps_total > num_steps:
+            self.window.note_step(self._clock() - begun)
         outputs = self.core.take_outputs()
         self._hand_out(outputs)
         self.core.busy_since_s = None
         return outputs
+
+    def _apply_commands(self) -> None:
+        while self._commands:
+            self._commands.popleft()()
 
     def _hand_out(self, outputs: Sequence[EngineOutput]) -> None:
         """One call per sink, which several sessions may share."""

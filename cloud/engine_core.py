@@ -118,7 +118,7 @@ class EngineCore:
             self._fail(ordered[0].session_id, self._typed(error))
             return
         now = self._clock()
-        self.scheduler.commit(ordered, now=now)
+        self.scheduler.commit(ordered, now=now, seconds=now - begun)
         self.steps_total += 1
         num_rows = len(hidden)
         row_layers = sum(len(span.rows) * span.table.depth for span in spans)
@@ -136,6 +136,7 @@ class EngineCore:
     def _settle(self, picks: Sequence[Pick], hidden: Tensor) -> None:
         """Gives out what the rows of `hidden` [rows, h], in the order of `picks`, owe."""
         drawing: list[tuple[EngineSession, Due, Tensor]] = []
+        returning: list[tuple[EngineSession, Due, Tensor]] = []
         first = 0
         for pick in picks:
             session = self.sessions[pick.session_id]
@@ -143,21 +144,24 @@ class EngineCore:
             first += pick.count
             if num_plain:
                 self._outputs.append(Progress(pick.session_id, num_plain))
-            for due, parts in complete:
-                rows = self.forward.join(parts)
-                if session.request.shape == "prefix":
-                    drawing.append((session, due, rows))
-                else:
-                    self._give_hidden(session, due, rows)
+            kind = drawing if session.request.shape == "prefix" else returning
+            kind += [(session, due, self.forward.join(parts)) for due, parts in complete]
+        if returning:
+            self._give_hidden(returning)
         if drawing:
             self._draw(drawing)
 
-    def _give_hidden(self, session: EngineSession, due: Due, rows: Tensor) -> None:
-        values = self.forward.to_numpy(rows)
-        if np.isfinite(values).all():
-            self._outputs.append(Hidden(session.session_id, due.stop, values))
-        else:
-            self._fail(session.session_id, _not_finite())
+    def _give_hidden(self, returning: Sequence[tuple[EngineSession, Due, Tensor]]) -> None:
+        """Hands out all of a step's hidden rows with one copy from the device."""
+        values = self.forward.to_numpy(self.forward.join([rows for _, _, rows in returning]))
+        first = 0
+        for session, due, rows in returning:
+            mine = values[first : first + len(rows)]
+            first += len(rows)
+            if np.isfinite(mine).all():
+                self._outputs.append(Hidden(session.session_id, due.stop, mine))
+            else:
+                self._fail(session.session_id, _not_finite())
 
     def _draw(self, drawing: Sequence[tuple[EngineSession, Due, Tensor]]) -> None:
         """Samples for all of a step's output rows with one pass through the head."""
@@ -180,7 +184,10 @@ class EngineCore:
                 continue
             self.tokens_sampled_total += len(sampled)
             index = due.start + 1 - session.request.prompt_tokens
-            self._outputs.append(Tokens(session.session_id, due.stop, index, sampled, finish, due.stream))
+            kept = due.start + len(sampled)
+            if kept < due.stop:
+                self._truncate(session, kept)  # the rows after a wrong draft, or after the answer's end
+            self._outputs.append(Tokens(session.session_id, kept, index, sampled, finish, due.stream))
             session.num_streamed += due.stream
             if session.request.offload and finish is None:
                 session.paused_token = sampled[-1].token
@@ -204,7 +211,14 @@ class EngineCore:
             self._outputs.append(Failed(session_id, error))
             return
         self.sessions[session_id] = session
-        self.scheduler.add(session_id, session.table, now=self._clock())
+        self.scheduler.add(
+            session_id,
+            session.table,
+            now=self._clock(),
+            prompt_rows=request.prompt_tokens,
+            max_rows=request.max_context,
+            priority=request.priority,
+        )
         self._outputs.append(Opened(session_id, session.table.length))
 
     def _new_session(self, session_id: int, request: EngineOpen) -> EngineSession:
@@ -235,22 +249,30 @@ class EngineCore:
         return session
 
     def add_rows(
-        self, session_id: int, rows: Rows | Ids, output: OutputRows, truncate_to: int | None
+        self,
+        session_id: int,
+        rows: Rows | Ids,
+        output: OutputRows,
+        truncate_to: int | None,
+        drafts: tuple[int, ...] = (),
     ) -> None:
         session = self.sessions.get(session_id)
         if session is None:
             return  # failed or closed while the rows were on their way
         try:
             if truncate_to is not None:
-                num_dropped = session.truncate(truncate_to)
-                self.scheduler.truncate(session_id, truncate_to)
-                if num_dropped:
-                    self._outputs.append(Progress(session_id, num_dropped))
-            session.add_rows(rows, output)
+                self._truncate(session, truncate_to)
+            session.add_rows(rows, output, drafts)
         except IsthmusError as error:
             self._fail(session_id, error)
             return
         self.scheduler.extend(session_id, len(rows), now=self._clock())
+
+    def _truncate(self, session: EngineSession, to: int) -> None:
+        num_dropped = session.truncate(to)
+        self.scheduler.truncate(session.session_id, to)
+        if num_dropped:
+            self._outputs.append(Progress(session.session_id, num_dropped))
 
     def set_stream_limit(self, session_id: int, limit: int) -> None:
         session = self.sessions.get(session_id)
@@ -258,7 +280,10 @@ class EngineCore:
             session.stream_limit = max(session.stream_limit, limit)
             self._continue(session)
 
-    def close(self, session_id: int, offer: Sequence[tuple[int, str]]) -> None:
+    def close(
+        self, session_id: int, offer: Sequence[tuple[int, str]] = (), *, cancelled: bool = False
+    ) -> None:
+        """`Closed` follows. From sessions not `cancelled` the scheduler learns how long answers are."""
         session = self.sessions.get(session_id)
         if session is None:
             return
@@ -271,7 +296,8 @@ class EngineCore:
         except IsthmusError as error:
             self._fail(session_id, error)
             return
-        self._outputs.append(Closed(session_id, self._drop(session), kv_len, cached))
+        freed = self._drop(session, finished=not cancelled)
+        self._outputs.append(Closed(session_id, freed, kv_len, cached))
 
     def canary(self, number: int, split: int, ids: Ids) -> None:
         """`CanaryRows` or `Failed` follows. The rows of all splits are computed once and kept."""
@@ -290,10 +316,10 @@ class EngineCore:
 
     # ---- endings -------------------------------------------------------------------------------------
 
-    def _drop(self, session: EngineSession) -> int:
+    def _drop(self, session: EngineSession, *, finished: bool = False) -> int:
         """Forgets the session and lets go of its pages; returns how many became free."""
         del self.sessions[session.session_id]
-        self.scheduler.remove(session.session_id)
+        self.scheduler.remove(session.session_id, finished=finished)
         before = self.pool.num_free
         session.table.free_all()
         return self.pool.num_free - before

@@ -28,7 +28,8 @@ _GREEDY: Final = SamplingParams(temperature=0.0)
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineOpen:
     """What the engine must know of a session. `split` is K, the entry layer; `offer` the (number of tokens,
-    digest) pairs to look up in `tenant`'s prefix cache; `max_context` the most rows its KV may hold."""
+    digest) pairs to look up in `tenant`'s prefix cache; `max_context` the most rows its KV may hold. Of
+    sessions that compete, those of a higher `priority` go first."""
 
     split: int
     shape: Literal["prefix", "u"]
@@ -41,6 +42,7 @@ class EngineOpen:
     offer: tuple[tuple[int, str], ...] = ()
     tenant: str = "local"
     stream_window: int = 2**31
+    priority: int = 0
 
     @property
     def offload(self) -> bool:
@@ -66,7 +68,8 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """Sampled tokens from output index `first_index` on. `stream`: produced without a step of the edge."""
+    """Sampled tokens from output index `first_index` on; `kv_len` rows are kept. `stream`: produced without a
+    step of the edge."""
 
     session_id: int
     kv_len: int
@@ -142,11 +145,13 @@ class RowHistory:
 
 @dataclass(slots=True)
 class Due:
-    """Rows [start, stop) of the input produce output; `got` holds what was computed of them so far."""
+    """Rows [start, stop) of the input produce output; `got` holds what was computed of them so far.
+    `drafts`: their ids if they are a draft chain, which ends at the first token that is not the next id."""
 
     start: int
     stop: int
     stream: bool = False
+    drafts: tuple[int, ...] = ()
     got: list[Tensor] = field(default_factory=list)
     num_got: int = 0
 
@@ -178,11 +183,13 @@ class EngineSession:
                 self._counts = TokenCounts(prompt, [token for _, token in self.tokens])
         return self._counts
 
-    def add_rows(self, rows: Rows | Ids, output: OutputRows) -> None:
-        """Appends input rows; their last one, or all of them, will produce output.
+    def add_rows(self, rows: Rows | Ids, output: OutputRows, drafts: tuple[int, ...] = ()) -> None:
+        """Appends input rows; their last one, or all of them, will produce output. `drafts`: their ids, if
+        they are a draft chain, as far as its drafts are right.
 
         Raises:
             RequestError (`context_overflow`): the session would hold more rows than it asked for.
+            RequestError (`verify_in_offload`): a draft chain where the cloud generates by itself.
         """
         start, stop = self.history.length, self.history.length + len(rows)
         if stop > self.request.max_context:
@@ -191,11 +198,15 @@ class EngineSession:
                 code="context_overflow",
                 hint="open the session with a larger max_context",
             )
+        if drafts and self.request.offload:
+            raise RequestError(
+                "a draft chain in offload, where the cloud generates by itself", code="verify_in_offload"
+            )
         self.history.append(rows)
         if output == "none":
             self._plain.append((start, stop))
         else:
-            self.due.append(Due(stop - 1 if output == "last" else start, stop))
+            self.due.append(Due(stop - 1 if output == "last" else start, stop, drafts=drafts))
 
     def add_token(self, token: int) -> None:
         """Offload: the sampled token becomes the next input row, which owes the next token."""
@@ -255,13 +266,22 @@ class EngineSession:
         return num_plain, complete
 
     def draw(self, logits: NDArray[np.float32], due: Due) -> tuple[tuple[Sampled, ...], Finish | None]:
-        """The tokens of rows [due.start, due.stop) from their logits [n, vocab], cut where the answer ends.
+        """The tokens of rows [due.start, due.stop) from their logits [n, vocab], cut where the answer ends
+        and, in a draft chain, after the first that is not the next row's id.
 
         Raises:
-            IsthmusError: the logits are not finite.
+            IsthmusError: the logits are not finite, or penalties lack the tokens to count.
         """
         request = self.request
         counts = self._context()
+        first = due.start + 1 - request.prompt_tokens
+        num_counted = self.tokens[-1][0] + 1 if self.tokens else 0
+        if counts is not None and first != num_counted:
+            raise RequestError(
+                f"penalties need all tokens so far: token {first} is to be drawn, {num_counted} are known",
+                code="context_needed",
+                hint="open a session whose prompt and context_ids hold them",
+            )
         sampled: list[Sampled] = []
         for row, line in zip(range(due.start, due.stop), logits, strict=True):
             # The token drawn from row r stands at position r + 1 of the sequence.
@@ -274,6 +294,8 @@ class EngineSession:
             finish = self._finish_after(one.token, index, row + 1)
             if finish is not None:
                 return tuple(sampled), finish
+            if due.drafts and due.drafts[len(sampled) : len(sampled) + 1] != (one.token,):
+                break
         return tuple(sampled), None
 
     def _finish_after(self, token: int, index: int, kv_len: int) -> Finish | None:

@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from isthmus.cloud.attention import KVStore, StepSequence
 from isthmus.cloud.kv import BlockTable
+from isthmus.cloud.kv_store import KVStore, StepSequence
 from isthmus.cloud.model import CloudModel
 from isthmus.splitter.spec import ModelSpec
 
@@ -34,6 +34,7 @@ class MixedForward:
     def __init__(self, model: CloudModel, store: KVStore) -> None:
         self.model = model
         self.store = store
+        self._logits = torch.empty((0, model.spec.vocab_size), dtype=torch.float32)
 
     @property
     def spec(self) -> ModelSpec:
@@ -59,8 +60,18 @@ class MixedForward:
 
     @torch.inference_mode()
     def logits(self, parts: Sequence[Tensor]) -> NDArray[np.float32]:
-        """float32 [rows, vocab] of all the hidden rows in `parts`, in one pass through the head."""
-        return self.to_numpy(self.model.head(self.join(parts)))
+        """float32 [rows, vocab] of all the hidden rows in `parts`, in one pass through the head.
+
+        Good until the next call: the buffer is kept, because fresh memory of this size is mapped and zeroed
+        by the system each time (32 rows of 49152 in bf16: 3.0 ms instead of 0.1).
+        """
+        logits = self.model.head(self.join(parts))
+        if len(self._logits) < len(logits):
+            self._logits = torch.empty((2 * len(logits), logits.shape[1]), dtype=torch.float32)
+        host = self._logits[: len(logits)]
+        host.copy_(logits)
+        values: NDArray[np.float32] = host.numpy()
+        return values
 
     @torch.inference_mode()
     def join(self, parts: Sequence[Tensor]) -> Tensor:

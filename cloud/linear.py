@@ -1,17 +1,21 @@
-"""Linear layers at each precision over torch's own kernels: fp32, bf16, and int8 weights with bf16 inputs."""
+"""Linear layers at each precision over torch's own kernels: which one a matrix gets."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import StrEnum
 from typing import Any, Protocol
 
+import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from isthmus.cloud.linear_int4 import Int4Linear, Source, int4_obstacle, quantize_int4
+from isthmus.cloud.linear_int8 import Int8Linear, quantize_int8
 from isthmus.protocol.errors import ConfigError
-from isthmus.quant.schemes import int8_per_channel
+from isthmus.quant.gguf_blocks import GGUFBlocks
 
 
 class Precision(StrEnum):
@@ -20,15 +24,20 @@ class Precision(StrEnum):
     FP32 = "fp32"
     BF16 = "bf16"
     INT8 = "int8"
+    INT4 = "int4"
 
     @property
     def compute_dtype(self) -> torch.dtype:
         """Type of matrix inputs and outputs, and of the KV pages."""
         return torch.float32 if self is Precision.FP32 else torch.bfloat16
 
+    @property
+    def is_integer(self) -> bool:
+        return self in (Precision.INT8, Precision.INT4)
+
 
 def parse_precision(name: str) -> Precision:
-    """`fp32`, `bf16` or `int8`; anything else is a ConfigError naming the choices."""
+    """`fp32`, `bf16`, `int8` or `int4`; anything else is a ConfigError naming the choices."""
     try:
         return Precision(name)
     except ValueError:
@@ -37,7 +46,7 @@ def parse_precision(name: str) -> Precision:
 
 
 class Linear(Protocol):
-    """y = x @ w.T + b for x [n, in] of the compute dtype → [n, out] of the same dtype."""
+    """y = x @ w.T + b for contiguous x [n, in] of the compute dtype → [n, out] of the same dtype."""
 
     @property
     def nbytes(self) -> int:
@@ -61,70 +70,29 @@ class DenseLinear:
         return F.linear(x, self.weight, self.bias)
 
 
-class Int8Linear:
-    """int8 weights [out, in] with one scale per output row, bf16 activations.
-
-    torch's int8 kernel is the fastest up to about 20 rows. Above, widening the weights to bf16 (exact:
-    |q| <= 127) for an ordinary matrix product costs less, and needs no second copy of the weights.
-    Measured at 3072x576, 1 thread, µs, kernel against widening: 8 rows 289 / 429; 20 rows 528 / 539;
-    32 rows 843 / 606. Widening goes block by block, so that its buffer stays in cache: the output matrix of
-    SmolLM2 (49152x576) at 32 rows takes 40 ms in one go, 11 ms in blocks of 4 MB.
-    """
-
-    wide_rows = 20
-    block_elements = 1 << 21
-
-    def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
-        self.weight = weight
-        self.scale = scale
-        self.bias = bias
-        key = {"cpu": "CPU", "cuda": "CUDA"}.get(weight.device.type)
-        self._has_kernel = key is not None and bool(
-            torch._C._dispatch_has_kernel_for_dispatch_key("aten::_weight_int8pack_mm", key)
-        )
-
-    @property
-    def nbytes(self) -> int:
-        return self.weight.nbytes + self.scale.nbytes + (0 if self.bias is None else self.bias.nbytes)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        y: Tensor
-        if self._has_kernel and x.shape[0] < self.wide_rows:
-            y = torch.ops.aten._weight_int8pack_mm(x, self.weight, self.scale)
-        else:
-            y = self._widened(x).mul_(self.scale)
-        return y if self.bias is None else y.add_(self.bias)
-
-    def _widened(self, x: Tensor) -> Tensor:
-        num_out, num_in = self.weight.shape
-        num_blocks = -(-num_out * num_in // self.block_elements)
-        if num_blocks == 1 or x.device.type != "cpu":
-            return F.linear(x, self.weight.to(x.dtype))
-        y = x.new_empty(x.shape[0], num_out)
-        for weight, out in zip(self.weight.chunk(num_blocks), y.chunk(num_blocks, dim=1), strict=True):
-            out.copy_(F.linear(x, weight.to(x.dtype)))
-        return y
-
-
 def make_linear(
-    weight: npt.NDArray[Any], bias: npt.NDArray[Any] | None, precision: Precision, device: torch.device
-) -> Linear:
-    """A linear layer from f32[out, in] (and f32[out]) at the given precision on the given device."""
+    parts: Sequence[Source],
+    bias: npt.NDArray[Any] | None,
+    precision: Precision,
+    device: torch.device,
+) -> tuple[Linear, str | None]:
+    """A linear layer over the stacked rows of `parts` (f32[out, in] or GGUF blocks) and bias f32[out].
+
+    The second answer says why a matrix asked for as int4 became int8; None otherwise.
+    """
+    shape = (sum(_shape(part)[0] for part in parts), _shape(parts[0])[1])
     dtype = precision.compute_dtype
     moved_bias = None if bias is None else torch.from_numpy(bias).to(device=device, dtype=dtype)
-    if precision is Precision.INT8:
-        q, scale = _int8_with_bf16_scale(weight)
-        return Int8Linear(q.to(device), scale.to(device), moved_bias)
-    return DenseLinear(torch.from_numpy(weight).to(device=device, dtype=dtype), moved_bias)
+    obstacle = int4_obstacle(shape, device) if precision is Precision.INT4 else None
+    if precision is Precision.INT4 and obstacle is None:
+        return Int4Linear.from_weights(quantize_int4(parts), moved_bias, device), None
+    stacked = [part.dense() if isinstance(part, GGUFBlocks) else part for part in parts]
+    weight = stacked[0] if len(stacked) == 1 else np.concatenate(stacked)
+    if precision.is_integer:
+        q, scale = quantize_int8(weight)
+        return Int8Linear(q.to(device), scale.to(device), moved_bias), obstacle
+    return DenseLinear(torch.from_numpy(weight).to(device=device, dtype=dtype), moved_bias), None
 
 
-def _int8_with_bf16_scale(weight: npt.NDArray[Any]) -> tuple[Tensor, Tensor]:
-    """(q int8[out, in], scale bf16[out]), w ≈ scale·q, rounded against the scale that the kernel sees.
-
-    torch's kernel takes bf16 scales. Rounding the scale first and the weights to that grid, instead of the
-    scale afterwards, brought SmolLM2-135M's KL to fp32 from 7.1e-3 to 6.4e-3.
-    """
-    scale = torch.from_numpy(int8_per_channel(weight)[1]).to(torch.bfloat16)
-    step = torch.where(scale == 0, 1.0, scale.float())  # a row of zeros has scale 0
-    q = torch.from_numpy(weight).div(step[:, None]).round_().clamp_(-127, 127)
-    return q.to(torch.int8), scale
+def _shape(part: Source) -> tuple[int, int]:
+    return (part.rows, part.cols) if isinstance(part, GGUFBlocks) else (part.shape[0], part.shape[1])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -15,9 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from isthmus.cloud.attention import AttentionBatch, KVStore, StepSequence, apply_rope
+from isthmus.cloud.attention import AttentionBatch, apply_rope
+from isthmus.cloud.graphs import RowGraphs
 from isthmus.cloud.kv import PAGE_TOKENS, BlockTable, PagePool, columns_for
+from isthmus.cloud.kv_store import KVStore, StepSequence
 from isthmus.cloud.linear import DenseLinear, Linear, Precision, make_linear, parse_precision
+from isthmus.cloud.linear_int4 import Source
 from isthmus.protocol.errors import ConfigError
 from isthmus.splitter.checkpoint import Checkpoint
 from isthmus.splitter.spec import ModelSpec
@@ -36,10 +40,13 @@ class _Layer:
     down: Linear
 
     @property
+    def linears(self) -> tuple[Linear, ...]:
+        return self.qkv, self.o, self.gate_up, self.down
+
+    @property
     def nbytes(self) -> int:
-        linears: tuple[Linear, ...] = (self.qkv, self.o, self.gate_up, self.down)
         norms = (self.attn_norm, self.mlp_norm, self.qk_norm)
-        return sum(linear.nbytes for linear in linears) + sum(n.nbytes for n in norms if n is not None)
+        return sum(linear.nbytes for linear in self.linears) + sum(n.nbytes for n in norms if n is not None)
 
 
 class CloudModel:
@@ -59,6 +66,7 @@ class CloudModel:
         layers: list[_Layer],
         final_norm: Tensor,
         lm_head: Linear,
+        remarks: tuple[str, ...] = (),
     ) -> None:
         self.spec = spec
         self.precision = precision
@@ -67,6 +75,10 @@ class CloudModel:
         self._layers = layers
         self._final_norm = final_norm
         self._head = lm_head
+        self.remarks = remarks
+        """Where the weights are not kept in `precision`, and why."""
+        self.graphs: RowGraphs | None = None
+        """CUDA graphs of the layers' parts, where `tune_graphs` found that they pay."""
         self._norm_floor = torch.tensor(spec.hidden * spec.norm_eps, device=device)
         self._rope = _RopeCache(spec, device, precision.compute_dtype)
         shared = isinstance(lm_head, DenseLinear) and lm_head.weight is embedding
@@ -93,11 +105,18 @@ class CloudModel:
         def norm(name: str) -> Tensor:
             return vector(name).mul_(spec.hidden**0.5)  # as `_norm` wants it
 
+        remarks: dict[str, None] = {}  # ordered, each once: all layers say the same
+
+        def source(name: str) -> Source:
+            blocks = checkpoint.blocks(name) if kind is Precision.INT4 else None
+            return checkpoint.dense(name) if blocks is None else blocks
+
         def linear(prefix: str, names: Sequence[str], *, biased: bool) -> Linear:
-            weights = [checkpoint.dense(f"{prefix}.{name}.weight") for name in names]
             bias = np.concatenate([checkpoint.dense(f"{prefix}.{n}.bias") for n in names]) if biased else None
-            weight = weights[0] if len(weights) == 1 else np.concatenate(weights)
-            return make_linear(weight, bias, kind, place)
+            made, remark = make_linear([source(f"{prefix}.{n}.weight") for n in names], bias, kind, place)
+            if remark is not None:
+                remarks[f"{'+'.join(names)} is int8: {remark}"] = None
+            return made
 
         def layer(prefix: str) -> _Layer:
             qk_norm = None
@@ -116,12 +135,14 @@ class CloudModel:
 
         table = checkpoint.dense("embed.weight")
         embedding = torch.from_numpy(table).to(device=place, dtype=kind.compute_dtype)
-        if not spec.tied_embedding:
-            lm_head = make_linear(checkpoint.dense("head.weight"), None, kind, place)
-        elif kind is Precision.INT8:
-            lm_head = make_linear(table, None, kind, place)
-        else:
+        lm_head: Linear
+        if spec.tied_embedding and not kind.is_integer:
             lm_head = DenseLinear(embedding, None)
+        else:
+            # A 4-bit output matrix alone costs a KL of 6e-2.
+            head_kind = Precision.INT8 if kind is Precision.INT4 else kind
+            output = table if spec.tied_embedding else checkpoint.dense("head.weight")
+            lm_head, _ = make_linear([output], None, head_kind, place)
         return cls(
             spec,
             precision=kind,
@@ -130,7 +151,13 @@ class CloudModel:
             layers=[layer(f"layers.{index}") for index in range(spec.num_layers)],
             final_norm=norm("final_norm.weight"),
             lm_head=lm_head,
+            remarks=tuple(remarks),
         )
+
+    @property
+    def linears(self) -> list[Linear]:
+        """Every matrix that rows are multiplied with: the layers' and the output matrix."""
+        return [*(linear for layer in self._layers for linear in layer.linears), self._head]
 
     def new_store(self, num_pages: int) -> KVStore:
         """Storage for `num_pages` pages in this model's compute dtype; give its `zero_pages` to the pool."""
@@ -177,16 +204,31 @@ class CloudModel:
     @torch.inference_mode()
     def layer(self, index: int, rows: Tensor, batch: AttentionBatch) -> Tensor:
         """One layer over rows f32[batch.rows_at(index), hidden] → the same shape; the KV is written."""
-        weights, spec = self._layers[index], self.spec
-        heads, both = spec.num_heads, spec.num_heads + spec.num_kv_heads
-        count = rows.shape[0]
-        qkv = weights.qkv(self._norm(rows, weights.attn_norm)).view(count, -1, spec.head_dim)
-        qk = qkv[:, :both]
+        count, heads = rows.shape[0], self.spec.num_heads
+        qkv = self._by_rows(self._before_attention, index, rows, batch.cos[:count], batch.sin[:count])
+        attended = batch.attend(index, qkv[:, :heads], qkv[:, heads:])
+        return self._by_rows(self._after_attention, index, rows, attended.reshape(count, -1))
+
+    def _by_rows(self, part: Callable[..., Tensor], index: int, *inputs: Tensor) -> Tensor:
+        """A part of layer `index`, by its graph where there is one."""
+        weights = self._layers[index]
+        if self.graphs is None:
+            return part(weights, *inputs)
+        return self.graphs.run(part.__name__, index, partial(part, weights), *inputs)
+
+    def _before_attention(self, weights: _Layer, rows: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Rows → queries, keys (rotated) and values, [n, heads + 2 * kv_heads, head_dim]."""
+        spec = self.spec
+        qkv = weights.qkv(self._norm(rows, weights.attn_norm)).view(rows.shape[0], -1, spec.head_dim)
+        qk = qkv[:, : spec.num_heads + spec.num_kv_heads]
         if weights.qk_norm is not None:
             qk.copy_(F.rms_norm(qk.float(), (spec.head_dim,), None, spec.norm_eps).mul_(weights.qk_norm))
-        apply_rope(qk, batch.cos[:count], batch.sin[:count])
-        attended = batch.attend(index, qkv[:, :heads], qkv[:, heads:])
-        rows = rows + weights.o(attended.reshape(count, -1))
+        apply_rope(qk, cos, sin)
+        return qkv
+
+    def _after_attention(self, weights: _Layer, rows: Tensor, attended: Tensor) -> Tensor:
+        """The layer's rows from its input rows and attention's answer [n, heads * head_dim]."""
+        rows = rows + weights.o(attended)
         gate, up = weights.gate_up(self._norm(rows, weights.mlp_norm)).chunk(2, dim=-1)
         return rows.add_(weights.down(F.silu(gate).mul_(up)))
 
@@ -211,12 +253,12 @@ class CloudModel:
             if fresh:
                 rows = torch.cat([rows, *fresh])
             rows = self.layer(index, rows, batch)
-        return rows
+        return rows if self.graphs is None else rows.clone()  # the next step writes over a graph's answer
 
     @torch.inference_mode()
     def head(self, rows: Tensor) -> Tensor:
-        """Final norm and output matrix: rows f32[n, hidden] → logits f32[n, vocab_size]."""
-        return self._head(self._norm(rows, self._final_norm)).float()
+        """Final norm and output matrix: rows f32[n, hidden] → logits [n, vocab_size] in the compute dtype."""
+        return self._head(self._norm(rows, self._final_norm))
 
     def _norm(self, rows: Tensor, weight: Tensor) -> Tensor:
         """RMSNorm into the compute dtype: x / sqrt(|x|^2 + n·eps) · (√n·w), `weight` being √n·w.
@@ -276,5 +318,5 @@ def model_logits(model: CloudModel, ids: Sequence[int]) -> F32:
     )
     store.copy_pages(table.ensure(len(ids)))
     batch = model.prepare(store, [StepSequence(table, len(ids))])
-    logits: F32 = model.head(model.run(batch, [model.embed(ids)])).cpu().numpy()
+    logits: F32 = model.head(model.run(batch, [model.embed(ids)])).float().cpu().numpy()
     return logits

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -17,13 +18,15 @@ import torch
 from isthmus.cloud.auth import KeyFile, check_bind
 from isthmus.cloud.engine import Engine
 from isthmus.cloud.forward import MixedForward
+from isthmus.cloud.graphs import tune_graphs
 from isthmus.cloud.hub import Hub
 from isthmus.cloud.kv import PagePool, columns_for
 from isthmus.cloud.model import CloudModel, parse_device
-from isthmus.cloud.precision import Choice, choose, measured_or_known
+from isthmus.cloud.precision import Choice, choose, decode_seconds, measured_or_known
 from isthmus.cloud.scheduler import Scheduler, SchedulerConfig
 from isthmus.cloud.server import CloudServer, bind
 from isthmus.cloud.telemetry import Telemetry, configure_log, get_log
+from isthmus.cloud.widening import tune_widening
 from isthmus.protocol.activations import RowFormat
 from isthmus.protocol.cloud_connection import ServerInfo
 from isthmus.protocol.errors import ConfigError
@@ -38,6 +41,7 @@ MIB: Final = 1024 * 1024
 INTERRUPTED: Final = 130
 _WHOLE_CONTEXTS: Final = 3  # sessions of full length that the default KV memory holds at K = 0
 _MAX_CONTEXT: Final = 32_768
+_GRAPH_TOKENS: Final = 64  # rows before the decode steps that CUDA graphs are timed in
 # The engine's thread and the event loop hand the interpreter to each other at every step.
 _SWITCH_INTERVAL_S: Final = 0.0005
 
@@ -145,6 +149,9 @@ def prepare(checkpoint: Checkpoint, tokenizer: Tokenizer, options: CloudOptions)
         asked, measured_or_known(checkpoint, tokenizer, asked, device=device), device=device
     )  # fmt: skip
     model = CloudModel.load(checkpoint, device=device, precision=choice.precision.value)
+    wide_rows = tune_widening(model.linears, model.device)
+    on_cuda = model.device.type == "cuda"
+    graphs = tune_graphs(model, partial(decode_seconds, model, [0] * _GRAPH_TOKENS)) if on_cuda else None
     num_pages = kv_pages(model, spec, options.kv_mb)
     log.info(
         "model_loaded",
@@ -153,6 +160,9 @@ def prepare(checkpoint: Checkpoint, tokenizer: Tokenizer, options: CloudOptions)
         precision=choice.precision.value,
         reason=choice.reason,
         kl=choice.kl,
+        remarks=model.remarks,
+        wide_rows=wide_rows,
+        graphs=graphs,
         kv_pages=num_pages,
         kv_mb=num_pages * model.page_bytes // MIB,
         threads=torch.get_num_threads(),

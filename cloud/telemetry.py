@@ -4,16 +4,31 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import structlog
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
 
 from isthmus.cloud.engine import Engine
 from isthmus.cloud.engine_core import StepRecord
 
 _LATENCY_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+_TOTALS = {
+    "steps_total": "Engine steps",
+    "rows_computed_total": "Rows computed",
+    "row_layers_total": "Rows times layers computed",
+    "tokens_sampled_total": "Tokens sampled",
+    "preemptions_total": "Sessions preempted",
+    "prefix_hits_total": "Sessions that found a cached prefix",
+    "prefix_hit_rows_total": "Rows that cached prefixes made unnecessary",
+    "prefix_evictions_total": "Entries evicted from the prefix cache",
+    "batch_wait_seconds_total": "Seconds that steps were held back for further edges' rows",
+}
 
 
 class Telemetry:
@@ -40,31 +55,15 @@ class Telemetry:
         self.sessions_ended = Counter(
             "isthmus_sessions_ended", "Sessions by how they ended", ["outcome"], registry=self.registry
         )
-        self.connections = self._gauge("isthmus_connections", "Open edge connections")
+        self.connections = Gauge("isthmus_connections", "Open edge connections", registry=self.registry)
         self._bytes = {way: self.link_bytes.labels(direction=way) for way in ("up", "down")}
 
     def _histogram(self, name: str, text: str) -> Histogram:
         return Histogram(name, text, buckets=_LATENCY_S, registry=self.registry)
 
-    def _gauge(self, name: str, text: str) -> Gauge:
-        return Gauge(name, text, registry=self.registry)
-
     def watch(self, engine: Engine) -> None:
         """Adds what is read from the engine when asked: sessions, pages by state, totals."""
-
-        def live(name: str, text: str, field: str) -> None:
-            self._gauge(name, text).set_function(lambda: float(getattr(engine.stats(), field)))
-
-        live("isthmus_num_requests_running", "Sessions that hold KV pages", "running")
-        live("isthmus_num_requests_waiting", "Sessions with rows to compute and no page yet", "waiting")
-        for state in ("used", "cached", "free"):
-            live(f"isthmus_kv_pages_{state}", f"KV pages {state} (16 tokens of one layer)", f"pages_{state}")
-        live("isthmus_rows_computed", "Rows computed since the start", "rows_computed_total")
-        live("isthmus_preemptions", "Sessions preempted since the start", "preemptions_total")
-        live("isthmus_prefix_hits", "Sessions that found a cached prefix", "prefix_hits_total")
-        self._gauge("isthmus_kv_cache_usage_perc", "Share of KV pages in use, 0..1").set_function(
-            lambda: engine.pool.num_used / max(1, engine.pool.num_pages)
-        )
+        self.registry.register(_EngineCollector(engine))
 
     def on_step(self, record: StepRecord) -> None:
         self.step_s.observe(record.seconds)
@@ -77,6 +76,34 @@ class Telemetry:
     def render(self) -> bytes:
         """The registry in Prometheus' text format."""
         return generate_latest(self.registry)
+
+
+class _EngineCollector(Collector):
+    """The engine's counts at the moment of the scrape, from one snapshot."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def collect(self) -> Iterator[Metric]:
+        stats = self._engine.stats()
+        yield _gauge("num_requests_running", "Sessions that hold KV pages", stats.running)
+        yield _gauge("num_requests_waiting", "Sessions with rows to compute and no page yet", stats.waiting)
+        yield _gauge("sessions", "Open sessions", stats.sessions)
+        yield _gauge(
+            "kv_cache_usage_perc",
+            "Share of KV pages in use, 0..1",
+            stats.pages_used / max(1, stats.pages_total),
+        )
+        for state in ("used", "cached", "free"):
+            text = f"KV pages {state} (16 tokens of one layer)"
+            yield _gauge(f"kv_pages_{state}", text, getattr(stats, f"pages_{state}"))
+        for field, text in _TOTALS.items():
+            name = f"isthmus_{field.removesuffix('_total')}"
+            yield CounterMetricFamily(name, f"{text} since the start", getattr(stats, field))
+
+
+def _gauge(name: str, text: str, value: float) -> Metric:
+    return GaugeMetricFamily(f"isthmus_{name}", text, value)
 
 
 def configure_log(*, verbose: bool = False) -> None:

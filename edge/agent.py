@@ -174,7 +174,7 @@ class Agent:
         self._totals["requests"] += 1
         outcome = "cancelled"
         try:
-            async with self._slots.take():
+            async with self._slots.take(request.priority):
                 started_s = perf_counter()
                 decision, link = await self._route(request)
                 head = decision.route == "local" or decision.shape == "u"

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from isthmus.edge.advice import sampling_params
 from isthmus.edge.api_errors import FieldError
 from isthmus.edge.requests import GenerateRequest, Privacy, RouteAsk, RowFormatName, Shape
+from isthmus.protocol.messages import MAX_PRIORITY
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -75,6 +76,7 @@ class Extension(Ask):
     """The `isthmus` object of a request."""
 
     privacy: Privacy = "any"
+    priority: int = Field(default=0, ge=-MAX_PRIORITY, le=MAX_PRIORITY)
 
 
 class _Generation(_Closed):
@@ -154,6 +156,7 @@ class _Generation(_Closed):
                 shape=how.shape,
                 privacy=extension.privacy,
                 row_format=how.codec,
+                priority=extension.priority,
             )
             for choice in range(self.n or 1)
         ]

@@ -14,7 +14,7 @@ from isthmus.edge.half import Chunk
 from isthmus.edge.requests import Decision, GenerateRequest, LinkUse, RowFormatName
 from isthmus.protocol.activations import RowCodec, RowFormat
 from isthmus.protocol.errors import RequestError, RouteInfeasibleError, SequenceError
-from isthmus.protocol.events import ResultRows
+from isthmus.protocol.events import ResultRows, ResultTokens, StreamTokens
 from isthmus.protocol.messages import Open
 from isthmus.protocol.prefix import PrefixOffer, digest_chain, prefix_context
 from isthmus.protocol.sampling import SamplingParams
@@ -104,19 +104,50 @@ class CloudHalf:
                 )
         return self.cached_rows
 
-    async def send_rows(self, chunk: Chunk, pos: int, *, final: bool) -> None:
+    @property
+    def kv_len(self) -> int:
+        """Rows the cloud holds once all that was sent has arrived."""
+        return self._live.core.kv_len
+
+    async def send_rows(self, chunk: Chunk, pos: int, *, final: bool, truncate: bool = False) -> None:
         """Send boundary rows from position `pos` on as the credits allow; `final`: the last one makes an
-        output. A chunk that turns out too large for the cloud is cut and encoded again."""
+        output; `truncate`: the cloud first forgets what it holds from `pos` on. A chunk that turns out too
+        large for the cloud is cut and encoded again."""
         n_tok = len(chunk.rows)
         if await self._live.room(n_tok):
-            await self._live.send_rows(chunk.encoded, pos, n_tok, final=final)
+            await self._live.send_rows(chunk.encoded, pos, n_tok, final=final, truncate=truncate)
             self.rows_sent += n_tok
             return
         size = self.chunk_rows
         for at in range(0, n_tok, size):
             rows = chunk.rows[at : at + size]
             part = Chunk(rows, self.codec.encode(rows))
-            await self.send_rows(part, pos + at, final=final and at + size >= n_tok)
+            last = at + size >= n_tok
+            await self.send_rows(part, pos + at, final=final and last, truncate=truncate and at == 0)
+
+    async def verify(
+        self, ids: Sequence[int], chunk: Chunk, pos: int, *, truncate: bool = False
+    ) -> ResultTokens | NDArray[np.float32]:
+        """Have the cloud judge a draft (K > 0): `ids` are the newest token and what may follow it, within
+        what is left of `max_tokens`; `chunk` their boundary rows, for the positions from `pos` on.
+
+        Prefix shape: the tokens that the cloud drew, up to the first that differs from the draft, and the
+        `kv_len` it kept; the edge cuts its own rows to that. U-shape: the final hidden rows f32[n, hidden] of
+        the whole chain, to draw from until one differs; the ids stay here, and the next step after a
+        rejection says `truncate`. SequenceError where the chain is longer than one step may be.
+        """
+        live = self._live
+        if not await live.room(len(ids), decode=True):
+            raise SequenceError(
+                f"a draft chain of {len(ids)} rows, one step takes at most {live.max_rows}",
+                code="chain_too_long",
+                hint="draft fewer tokens at once",
+            )
+        await live.verify_rows(ids, chunk.encoded, pos, truncate=truncate)
+        self.rows_sent += len(ids)
+        output = await self.next()
+        assert not isinstance(output, StreamTokens), "only offload streams, and it takes no draft"
+        return self.decode(output) if isinstance(output, ResultRows) else output
 
     async def send_ids(self, ids: Sequence[int], pos: int, *, final: bool) -> None:
         """Send token ids (offload) as the credits allow, cut where they are too many for one step."""
@@ -191,6 +222,7 @@ class CloudHalf:
             offer=offer,
             context_ids=request.prompt_ids if prefix and request.sampling.needs_context else None,
             request_id=request.request_id,
+            priority=request.priority,
         )
 
     def _chain(self, ids: Sequence[int], exact: tuple[int, ...]) -> PrefixOffer:

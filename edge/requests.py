@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from isthmus.protocol.errors import RequestError
+from isthmus.protocol.messages import MAX_PRIORITY
 from isthmus.protocol.sampling import SamplingParams
 
 Route = Literal["local", "split", "offload"]
@@ -38,7 +39,8 @@ class GenerateRequest:
     sequence (finish reason "stop"; the end id itself is kept in `token_ids`, it has no text).
     `stop`: strings that end it; the text is cut before the first of them.
     `split`: number of layers on the edge, only with route "split" or "auto".
-    `row_format` None: the agent's default. With `n` > 1 choices, send n requests whose
+    `row_format` None: the agent's default. `priority`, -10 … 10: the higher goes first, in the agent's queue
+    and in the cloud's (see queueing there: nobody starves). With `n` > 1 choices, send n requests whose
     `sampling.choice` differ.
     """
 
@@ -52,6 +54,7 @@ class GenerateRequest:
     shape: Shape | None = None
     privacy: Privacy = "any"
     row_format: RowFormatName | None = None
+    priority: int = 0
     request_id: str = field(default_factory=new_request_id)
 
     def __post_init__(self) -> None:
@@ -70,6 +73,11 @@ class GenerateRequest:
             raise RequestError(
                 f"request_id has {len(self.request_id)} characters, at most {MAX_REQUEST_ID_CHARS} are taken",
                 code="bad_request_id",
+            )
+        if not -MAX_PRIORITY <= self.priority <= MAX_PRIORITY:
+            raise RequestError(
+                f"priority is {self.priority}, allowed are {-MAX_PRIORITY} to {MAX_PRIORITY}",
+                code="bad_priority",
             )
         if len(self.stop) > MAX_STOP_STRINGS:
             raise RequestError(

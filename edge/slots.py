@@ -1,9 +1,9 @@
-"""A stated number of requests at once, a bounded queue in order of arrival, refusal beyond it."""
+"""A stated number of requests at once, a bounded queue by priority and arrival, refusal beyond it."""
 
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+from bisect import insort
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from time import monotonic
@@ -19,7 +19,7 @@ class Slots:
         self.queue = queue
         self.running = 0
         self.mean_s = 1.0  # of the requests that finished, recent ones weighing more
-        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._waiting: list[tuple[int, asyncio.Future[None]]] = []  # with its priority, next one first
 
     @property
     def waiting(self) -> int:
@@ -27,9 +27,10 @@ class Slots:
         return len(self._waiting)
 
     @asynccontextmanager
-    async def take(self) -> AsyncIterator[None]:
-        """Hold a slot for the length of the block."""
-        await self._acquire()
+    async def take(self, priority: int = 0) -> AsyncIterator[None]:
+        """Hold a slot for the length of the block. Who waits with a higher priority gets the next one first,
+        among equals who came first."""
+        await self._acquire(priority)
         since = monotonic()
         try:
             yield
@@ -37,7 +38,7 @@ class Slots:
             self.mean_s += 0.2 * (monotonic() - since - self.mean_s)
             self._hand_on()
 
-    async def _acquire(self) -> None:
+    async def _acquire(self, priority: int) -> None:
         if self.running < self.parallel:
             self.running += 1
             return
@@ -50,21 +51,25 @@ class Slots:
                 retry_after_s=retry_after_s,
             )
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.append(turn)
+        insort(self._waiting, (priority, turn), key=_goes_after)
         try:
             await turn
         except asyncio.CancelledError:
             if turn.cancelled():
-                self._waiting.remove(turn)
+                self._waiting.remove((priority, turn))
             else:  # the slot was handed over in the same moment
                 self._hand_on()
             raise
 
     def _hand_on(self) -> None:
-        """The slot goes to the longest waiting, or becomes free."""
+        """The slot goes to the next in the queue, or becomes free."""
         while self._waiting:
-            turn = self._waiting.popleft()
+            _, turn = self._waiting.pop(0)
             if not turn.done():
                 turn.set_result(None)
                 return
         self.running -= 1
+
+
+def _goes_after(waiting: tuple[int, asyncio.Future[None]]) -> int:
+    return -waiting[0]

@@ -74,15 +74,16 @@ class LinkSession:
             await self._wait()
         return self._opened
 
-    async def room(self, n_tok: int) -> bool:
+    async def room(self, n_tok: int, *, decode: bool = False) -> bool:
         """Wait until a step of `n_tok` rows may go out: the credits cover it and, for a prefill chunk, the
-        transport has taken what was queued before (a decode row overtakes other sessions' chunks in the
-        queue). False at once where no step may ever be so large: OPENED may lower the limit."""
+        transport has taken what was queued before (a decode row, and with `decode` a draft chain, overtakes
+        other sessions' chunks in the queue). False at once where no step may ever be so large: OPENED may
+        lower the limit."""
         while not self.core.can_send(n_tok):
             if n_tok > self.max_rows:
                 return False
             await self._wait()
-        if n_tok > 1:
+        if n_tok > 1 and not decode:
             await self._wire.drained()
         if self._error is not None:
             raise self._error
@@ -94,9 +95,16 @@ class LinkSession:
         window = self.core.opened.credits if self.core.opened else self._wire.initial_credits
         return min(self.core.chunk_rows, window)
 
-    async def send_rows(self, encoded: Encoded, pos: int, n_tok: int, *, final: bool) -> None:
+    async def send_rows(
+        self, encoded: Encoded, pos: int, n_tok: int, *, final: bool, truncate: bool = False
+    ) -> None:
         """Send one STEP of boundary rows; there must be `room`."""
-        self.core.step_rows(encoded, pos, n_tok, final=final)
+        self.core.step_rows(encoded, pos, n_tok, final=final, truncate=truncate)
+        await self._wire.send_now()
+
+    async def verify_rows(self, ids: Sequence[int], encoded: Encoded, pos: int, *, truncate: bool) -> None:
+        """Send one VERIFY; there must be `room`."""
+        self.core.verify_rows(ids, encoded, pos, truncate=truncate)
         await self._wire.send_now()
 
     def send_ids(self, ids: Sequence[int], pos: int, *, final: bool) -> None:

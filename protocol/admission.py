@@ -1,12 +1,14 @@
-"""What makes an OPEN or a STEP acceptable: one set of checks, applied by the edge before it sends and by
-the cloud before it allocates (rules 1, 7, 10, 11).
+"""What makes an OPEN, a STEP or a VERIFY acceptable: one set of checks, applied by the edge before it sends
+and by the cloud before it allocates (rules 1, 7, 10, 11).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from isthmus.protocol.activations import RowCodec, RowFormat
 from isthmus.protocol.errors import CodecError, FrameError, RequestError, SequenceError
-from isthmus.protocol.frames import Dtype, Flag, Frame
+from isthmus.protocol.frames import Dtype, Flag, Frame, MsgType
 from isthmus.protocol.messages import Open, Welcome
 
 
@@ -113,13 +115,21 @@ def check_body(frame: Frame, codec: RowCodec) -> None:
 
 
 def check_step(
-    frame: Frame, request: Open, codec: RowCodec, *, kv_len: int, credits: int, max_rows: int
+    frame: Frame,
+    request: Open,
+    codec: RowCodec,
+    *,
+    kv_len: int,
+    credits: int,
+    max_rows: int,
+    drafts: Sequence[int] = (),
 ) -> None:
-    """A STEP in its order, against the session as it stands.
+    """A STEP or VERIFY in its order, against the session as it stands.
 
-    `kv_len` rows are in the KV, `credits` more may be sent, `max_rows` in one step. SequenceError for
-    position, flow and flags, FrameError for size, CodecError for the body. Nothing is changed: the caller
-    commits seq and kv_len together afterwards.
+    `kv_len` rows are in the KV, `credits` more may be sent, `max_rows` in one step. Of a VERIFY, `frame`
+    holds the rows and `drafts` the ids (drafts.py). SequenceError for position, flow, flags and drafts,
+    FrameError for size, CodecError for the body. Nothing is changed: the caller commits seq and kv_len
+    together afterwards.
     """
     if frame.n_tok > max_rows:
         raise FrameError(
@@ -145,29 +155,59 @@ def check_step(
         check_body(frame, codec)
     elif frame.dtype is not Dtype.TOKEN_IDS:
         raise CodecError(f"dtype {frame.dtype.name} at split 0, which takes token ids", code="bad_dtype")
+    if frame.type is MsgType.VERIFY:
+        _check_drafts(frame, request, drafts)
     if request.shape == "prefix":
-        _check_output(frame, request, end)
+        _check_output(frame, request)
 
 
-def _check_output(frame: Frame, request: Open, end: int) -> None:
+def _check_drafts(frame: Frame, request: Open, drafts: Sequence[int]) -> None:
+    if request.streams:
+        raise SequenceError(
+            f"step {frame.seq} is a draft chain in offload, where the cloud generates by itself",
+            code="verify_in_offload",
+            hint="send the prompt with FINAL, or open the session at split 1 or more",
+        )
+    if request.shape == "u" and any(drafts):
+        raise SequenceError(
+            f"step {frame.seq} shows token ids in the U-shape, where they stay on the edge",
+            code="draft_ids_refused",
+            hint="send zeros: the hidden rows come back, and the edge judges its draft",
+        )
+
+
+def _check_output(frame: Frame, request: Open) -> None:
     if Flag.ALL_ROWS in frame.flags:
         raise SequenceError(
             f"step {frame.seq} asks for every row's output, which only the U-shape returns",
             code="all_rows_in_prefix_shape",
         )
-    if Flag.FINAL not in frame.flags:
-        return
-    index = request.index_after(end)
-    if not 0 <= index < request.max_tokens:
+    index = first_index(frame, request)
+    if index is not None and not 0 <= index < request.max_tokens:
         raise SequenceError(
-            f"step {frame.seq} ends at row {end} and would produce token {index}; a prompt of "
-            f"{request.prompt_tokens} and at most {request.max_tokens} tokens were agreed",
+            f"step {frame.seq} has {frame.n_tok} rows from {frame.pos} on and would produce token {index}; "
+            f"a prompt of {request.prompt_tokens} and at most {request.max_tokens} tokens were agreed",
             code="bad_output_index",
         )
 
 
+def first_index(frame: Frame, request: Open) -> int | None:
+    """Prefix shape: index of the first token that the step produces, None where it produces none. The
+    later tokens of a VERIFY may lie beyond `max_tokens`: the cloud ends the answer before them."""
+    if frame.type is MsgType.VERIFY:
+        return request.index_after(frame.pos + 1)
+    return request.index_after(frame.pos + frame.n_tok) if Flag.FINAL in frame.flags else None
+
+
 def num_outputs(frame: Frame) -> int:
-    """How many rows of the step produce output."""
-    if Flag.ALL_ROWS in frame.flags:
+    """How many rows of the step produce output; of a VERIFY in the prefix shape, the most that do."""
+    if frame.type is MsgType.VERIFY or Flag.ALL_ROWS in frame.flags:
         return frame.n_tok
     return 1 if Flag.FINAL in frame.flags else 0
+
+
+def rows_kept(frame: Frame, request: Open) -> int:
+    """Rows in the KV once the step is taken, whatever the cloud draws: a VERIFY in the prefix shape keeps
+    its first row for certain, and each other one only if the draft before it was right."""
+    unsure = frame.n_tok - 1 if frame.type is MsgType.VERIFY and request.shape == "prefix" else 0
+    return frame.pos + frame.n_tok - unsure

@@ -246,7 +246,7 @@ class CloudConnection(Connection[CloudEvent]):
         if is_stale(frame, session.epoch):
             return []
         match frame.type:
-            case MsgType.STEP:
+            case MsgType.STEP | MsgType.VERIFY:
                 step = session.step(frame)
                 return [step] if step else []
             case MsgType.CREDIT:
@@ -337,8 +337,8 @@ class CloudConnection(Connection[CloudEvent]):
         top: Sequence[TopTokens] | None = None,
         finish: Finish | None = None,
     ) -> None:
-        """Prefix shape: the one token of the FINAL step; `kv_len` rows are computed. In offload, without
-        `finish`, `stream_tokens` goes on from here."""
+        """Prefix shape: the one token of the FINAL step, or those of VERIFY up to the first that is not its
+        draft; `kv_len` rows are kept. In offload, without `finish`, `stream_tokens` goes on from here."""
         if session := self.sessions.get(stream):
             session.result_tokens(tokens, kv_len, logprobs, top, finish)
 

@@ -4,9 +4,11 @@ Made by CloudConnection from an accepted OPEN; the server talks to it through th
 
     stream: int; epoch: int; open: Open; state: CloudState; kv_bytes: int (charged to the tenant)
     last_seq: int          newest step taken
-    kv_len: int            rows accepted (uploaded ones plus, in offload, those of the cloud's own tokens)
+    kv_len: int            rows accepted (uploaded ones plus, in offload, those of the cloud's own tokens);
+                           of an unanswered VERIFY in the prefix shape the first alone
     rows_received: int     all rows ever taken, those cut by TRUNCATE too
-    outputs_due: int       rows of step last_seq whose output the engine owes
+    outputs_due: int       rows of step last_seq whose output the engine owes (VERIFY in the prefix shape:
+                           at most; at least one)
     generating: bool       offload: the engine goes on by itself
     next_index: int        index of the next token the engine will produce
     unacked: deque[StreamBody]        STREAM frames sent and not acknowledged (issue C resends them)
@@ -20,8 +22,17 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from isthmus.protocol.activations import Encoded
-from isthmus.protocol.admission import check_body, check_step, num_outputs, result_codec, row_codec
+from isthmus.protocol.admission import (
+    check_body,
+    check_step,
+    first_index,
+    num_outputs,
+    result_codec,
+    row_codec,
+    rows_kept,
+)
 from isthmus.protocol.connection import FIRST_EPOCH, with_pos
+from isthmus.protocol.drafts import split_drafts
 from isthmus.protocol.errors import SequenceError
 from isthmus.protocol.events import StepReceived
 from isthmus.protocol.frames import Flag, Frame, MsgType, json_frame
@@ -61,10 +72,12 @@ class CloudSession:
         self.next_index = 0
         self.unacked: deque[StreamBody] = deque()
         self._limits = terms.limits
+        self._vocab_size = terms.vocab_size
         self._codec = row_codec(request, terms.hidden)
         self._result_codec = result_codec(request, terms.hidden)
         self._send = send
         self._last_digest = b""
+        self._step_end = 0  # one beyond the last row of step last_seq
         self._last_result: Frame | None = None
         self._window = terms.limits.initial_credits_rows
         self._granted = self._window  # rows that may have been received since the epoch began
@@ -86,9 +99,10 @@ class CloudSession:
     # ---- from the edge
 
     def step(self, frame: Frame) -> StepReceived | None:
-        """Rule 1. None: a repetition (its RESULT is sent again if there is one), an old step, or one that
-        crossed the end. Raises without any change where the step can't be taken."""
-        self._move(CloudInput.RECV_STEP)
+        """Rule 1, for STEP and VERIFY. None: a repetition (its RESULT is sent again if there is one), an old
+        step, or one that crossed the end. Raises without any change where the step can't be taken."""
+        verify = frame.type is MsgType.VERIFY
+        self._move(CloudInput.RECV_VERIFY if verify else CloudInput.RECV_STEP)
         if self.state is CloudState.CLOSING or 0 < frame.seq < self.last_seq:
             return None
         if frame.seq != self.last_seq + 1 and (frame.seq != self.last_seq or frame.seq == 0):
@@ -99,14 +113,18 @@ class CloudSession:
         if frame.seq == self.last_seq:
             self._repeat(frame, digest)
             return None
-        self._check(frame)
+        drafts, rows = split_drafts(frame, self._vocab_size) if verify else ((), frame)
+        self._check(rows, drafts)
         self.last_seq = frame.seq
         self._last_digest = digest
         self._last_result = None
         self.rows_received += frame.n_tok
-        self.kv_len = frame.pos + frame.n_tok
+        self._step_end = frame.pos + frame.n_tok
+        self.kv_len = rows_kept(frame, self.open)
         self.outputs_due = num_outputs(frame)
-        index = self.open.index_after(self.kv_len)
+        index = first_index(frame, self.open)
+        if index is None:
+            index = self.open.index_after(self._step_end)
         if self.outputs_due:
             self.next_index = index
         return StepReceived(
@@ -116,9 +134,10 @@ class CloudSession:
             frame.n_tok,
             Flag.TRUNCATE in frame.flags,
             Flag.FINAL in frame.flags,
-            Flag.ALL_ROWS in frame.flags,
+            verify or Flag.ALL_ROWS in frame.flags,
             index,
-            frame,
+            rows,
+            drafts if self.open.shape == "prefix" else (),
         )
 
     def _repeat(self, frame: Frame, digest: bytes) -> None:
@@ -131,7 +150,7 @@ class CloudSession:
         if self._last_result is not None:
             self._send(self._last_result)
 
-    def _check(self, frame: Frame) -> None:
+    def _check(self, frame: Frame, drafts: Sequence[int]) -> None:
         if self.state is CloudState.OPENING and self.open.offer.entries:
             raise SequenceError(
                 "a step before OPENED tells how many rows of the offered prefix are cached",
@@ -148,6 +167,7 @@ class CloudSession:
             kv_len=self.kv_len,
             credits=self.credits,
             max_rows=self._limits.max_rows_per_step,
+            drafts=drafts,
         )
 
     def acknowledge(self, credit: Credit) -> bool:
@@ -254,12 +274,18 @@ class CloudSession:
         self._move(CloudInput.SEND_RESULT)
         if self.state is CloudState.CLOSING:
             return False
-        if shape != self.open.shape or n_outputs != self.outputs_due or kv_len != self.kv_len:
+        # Of the outputs due, only VERIFY in the prefix shape leaves some out, and their rows with them.
+        missing = self.outputs_due - n_outputs
+        least = most = self.outputs_due
+        if shape == "prefix":
+            least, most = 1, min(most, self.open.max_tokens - self.next_index)
+        if shape != self.open.shape or not least <= n_outputs <= most or kv_len != self._step_end - missing:
             raise SequenceError(
                 f"the engine answers with {n_outputs} outputs in shape {shape} at {kv_len} rows; "
-                f"{self.outputs_due} in shape {self.open.shape} at {self.kv_len} are due",
+                f"{self.outputs_due} in shape {self.open.shape} at {self._step_end} are due",
                 code="engine_mismatch",
             )
+        self.kv_len = kv_len
         return True
 
     def _answer(self, frame: Frame) -> None:
@@ -347,5 +373,6 @@ def _end(body: StreamBody) -> int:
 
 def _digest(frame: Frame) -> bytes:
     """What makes two steps the same: all that the step would change, nothing of how often it travelled."""
-    head = f"{frame.pos} {frame.n_tok} {int(frame.flags)} {frame.dtype} {frame.codec} {frame.raw_len} "
-    return hashlib.blake2b(head.encode() + frame.body, digest_size=16).digest()
+    numbers = (frame.type, frame.pos, frame.n_tok, frame.flags, frame.dtype, frame.codec, frame.raw_len)
+    head = " ".join(str(int(number)) for number in numbers)
+    return hashlib.blake2b(f"{head} ".encode() + frame.body, digest_size=16).digest()

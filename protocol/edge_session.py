@@ -3,7 +3,8 @@
 Made by EdgeConnection.open(). Signatures (stable):
 
     stream: int; epoch: int; open: Open; state: EdgeState; opened: Opened | None
-    kv_len: int            rows the cloud holds once everything sent has arrived
+    kv_len: int            rows the cloud holds once everything sent has arrived (of an unanswered VERIFY in
+                           the prefix shape only the first is sure, and counted)
     next_index: int        index of the next token not yet reported
     credits: int           rows that may still be sent now
     chunk_rows: int        most rows one step may carry now (credits aside)
@@ -12,6 +13,8 @@ Made by EdgeConnection.open(). Signatures (stable):
     step_rows(encoded, pos, n_tok, *, final, all_rows=False, truncate=False) -> int   seq
         encoded = (body, dtype, codec, raw_len) of activations.RowCodec.encode
     step_ids(ids, pos, *, final, all_rows=False, truncate=False) -> int               seq; split 0 only
+    verify_rows(ids, encoded, pos, *, truncate=False) -> int                          seq
+    verify_ids(ids, pos, *, truncate=False) -> int                       seq; split 0 in the U-shape only
     cancel() -> None       close(offer=PrefixOffer(), reason="") -> None               both idempotent
 """
 
@@ -19,10 +22,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from isthmus.protocol.activations import Encoded, encode_ids
-from isthmus.protocol.admission import check_body, check_step, num_outputs, result_codec, row_codec
-from isthmus.protocol.connection import FIRST_EPOCH, unexpected
-from isthmus.protocol.errors import CodecError, FrameError, RequestError, SequenceError
+from isthmus.protocol.admission import check_body, result_codec
+from isthmus.protocol.connection import unexpected
+from isthmus.protocol.edge_steps import EdgeSteps, Send
+from isthmus.protocol.errors import CodecError, RequestError, SequenceError
 from isthmus.protocol.events import (
     CreditGranted,
     EdgeEvent,
@@ -32,7 +35,7 @@ from isthmus.protocol.events import (
     SessionOpened,
     StreamTokens,
 )
-from isthmus.protocol.frames import HEADER_BYTES, Codec, Dtype, Flag, Frame, MsgType, json_frame, parse_json
+from isthmus.protocol.frames import Frame, MsgType, json_frame, parse_json
 from isthmus.protocol.messages import (
     Cancel,
     Close,
@@ -47,160 +50,20 @@ from isthmus.protocol.messages import (
 from isthmus.protocol.prefix import PrefixOffer
 from isthmus.protocol.states import EDGE_TABLE, EdgeInput, EdgeState, advance
 
-Send = Callable[[Frame, bool], None]
-"""Queue a frame; True: it may be dropped if the session is cancelled before it left."""
 
-
-class EdgeSession:
+class EdgeSession(EdgeSteps):
     """One generation on one stream. Methods queue frames on the connection; nothing here waits."""
 
     def __init__(
         self, stream: int, request: Open, terms: Welcome, send: Send, drop_unsent: Callable[[], None]
     ) -> None:
-        self.stream = stream
-        self.epoch = FIRST_EPOCH
-        self.open = request
-        self.opened: Opened | None = None
-        self.state = EdgeState.IDLE
-        self.kv_len = 0
-        self.next_index = 0
-        self._limits = terms.limits
-        self._vocab_size = terms.vocab_size
-        self._codec = row_codec(request, terms.hidden)
+        super().__init__(stream, request, terms, send)
         self._result_codec = result_codec(request, terms.hidden)
-        self._send = send
         self._drop_unsent = drop_unsent
-        self._chunk_rows = terms.limits.max_rows_per_step
-        self._last_seq = 0
-        self._rows_sent = 0
-        self._window = terms.limits.initial_credits_rows
-        self._granted = self._window  # rows that may have been sent since the epoch began
         self._answered_seq = 0  # the newest step with a RESULT
-        self._outputs_due = 0  # rows of step _last_seq whose output is still to come
-        self._streaming = False  # offload: the cloud generates by itself
         self._acked_index = 0
         self._move(EdgeInput.SEND_OPEN)
         self._send(json_frame(MsgType.OPEN, request, stream=stream, epoch=self.epoch), False)
-
-    # ---- what may be sent
-
-    @property
-    def awaiting_result(self) -> bool:
-        """Rule 7: an output-producing step is unanswered, or the cloud generates by itself."""
-        return self._outputs_due > 0 or self._streaming
-
-    @property
-    def credits(self) -> int:
-        """Rows that may be sent now; none before OPENED tells what an offered prefix left to send."""
-        if self.state is EdgeState.OPENING and self.open.offer.entries:
-            return 0
-        return self._granted - self._rows_sent
-
-    @property
-    def chunk_rows(self) -> int:
-        """The most rows one step may carry, by the cloud's wish and by the message size."""
-        row_bytes = 4 if self.open.split == 0 else self._codec.row_bytes
-        return min(self._chunk_rows, (self._limits.max_message_bytes - HEADER_BYTES) // row_bytes)
-
-    def can_send(self, n_rows: int) -> bool:
-        """Whether a step of `n_rows` may go out now; events of this stream are what changes the answer."""
-        live = self.state in (EdgeState.OPENING, EdgeState.PREFILL, EdgeState.DECODE)
-        return live and not self.awaiting_result and 1 <= n_rows <= min(self.credits, self.chunk_rows)
-
-    # ---- sending
-
-    def step_rows(
-        self,
-        encoded: Encoded,
-        pos: int,
-        n_tok: int,
-        *,
-        final: bool,
-        all_rows: bool = False,
-        truncate: bool = False,
-    ) -> int:
-        """Queue `n_tok` rows for KV positions [pos, pos + n_tok); the step's seq.
-
-        `encoded` as RowCodec.encode gives it. `final`: the last row produces output, `all_rows` (U-shape):
-        every row does. `truncate`: the KV is first cut back to `pos`. SequenceError (nothing sent) where
-        order, credits, the agreed lengths or rule 7 forbid it.
-        """
-        if self.open.split == 0:
-            raise SequenceError("rows at split 0, which takes token ids", code="bad_dtype")
-        return self._step(Encoded(*encoded), pos, n_tok, final, all_rows, truncate)
-
-    def step_ids(
-        self,
-        ids: Sequence[int],
-        pos: int,
-        *,
-        final: bool,
-        all_rows: bool = False,
-        truncate: bool = False,
-    ) -> int:
-        """Queue token ids (split 0 only); otherwise as `step_rows`."""
-        if self.open.split != 0:
-            raise SequenceError(f"token ids at split {self.open.split}, which takes rows", code="bad_dtype")
-        body = encode_ids(ids)
-        encoded = Encoded(body, Dtype.TOKEN_IDS, Codec.NONE, len(body))
-        return self._step(encoded, pos, len(ids), final, all_rows, truncate)
-
-    def _step(
-        self, encoded: Encoded, pos: int, n_tok: int, final: bool, all_rows: bool, truncate: bool
-    ) -> int:
-        state = advance(EDGE_TABLE, self.state, EdgeInput.SEND_STEP)
-        flags = (
-            (Flag.FINAL if final else Flag.NONE)
-            | (Flag.ALL_ROWS if all_rows else Flag.NONE)
-            | (Flag.TRUNCATE if truncate else Flag.NONE)
-        )
-        frame = Frame(
-            MsgType.STEP,
-            self.stream,
-            self.epoch,
-            self._last_seq + 1,
-            pos,
-            n_tok,
-            flags,
-            encoded.dtype,
-            encoded.codec,
-            encoded.raw_len,
-            encoded.body,
-        )
-        if self.awaiting_result:
-            raise SequenceError(
-                f"step {frame.seq} while step {self._last_seq} is unanswered", code="step_pending"
-            )
-        check_step(
-            frame,
-            self.open,
-            self._codec,
-            kv_len=self.kv_len,
-            credits=self.credits,
-            max_rows=self._limits.max_rows_per_step,
-        )
-        size = HEADER_BYTES + max(len(encoded.body), encoded.raw_len)
-        if size > self._limits.max_message_bytes:
-            raise FrameError(
-                f"a step of {size} bytes, the cloud takes {self._limits.max_message_bytes}",
-                code="too_large",
-                hint=f"send at most {self.chunk_rows} rows in one step",
-            )
-        if final and self.open.shape == "prefix":
-            index = self.open.index_after(pos + n_tok)
-            if index < self.next_index:
-                raise SequenceError(
-                    f"step {frame.seq} would produce token {index} again; the next one is {self.next_index}",
-                    code="index_emitted",
-                )
-            self.next_index = index
-        self._send(frame, True)
-        self.state = state
-        self._last_seq = frame.seq
-        self._rows_sent += n_tok
-        self.kv_len = pos + n_tok
-        self._outputs_due = num_outputs(frame)
-        return frame.seq
 
     def cancel(self) -> None:
         """Stop and keep nothing. Steps that have not left are dropped. Idempotent."""
@@ -279,12 +142,8 @@ class EdgeSession:
                 + (f"step {self._last_seq} is due" if self._outputs_due else "none is due"),
                 code="unexpected_result",
             )
-        if frame.pos != self.kv_len:
-            raise SequenceError(
-                f"the cloud holds {frame.pos} rows after step {frame.seq}, {self.kv_len} were sent",
-                code="bad_kv_len",
-            )
         event = self._result_tokens(frame) if self.open.shape == "prefix" else self._result_rows(frame)
+        self.kv_len = frame.pos
         self._answered_seq = frame.seq
         self._outputs_due = 0
         self._granted = self._rows_sent + self._window
@@ -292,14 +151,23 @@ class EdgeSession:
 
     def _result_tokens(self, frame: Frame) -> ResultTokens:
         body = parse_json(frame, ResultBody)
-        if body.first_index != self.next_index or len(body.tokens) != 1:
+        count, due = len(body.tokens), self._outputs_due
+        most = min(due, self.open.max_tokens - self.next_index)
+        if body.first_index != self.next_index or not 1 <= count <= most:
             raise SequenceError(
-                f"RESULT of step {frame.seq} holds {len(body.tokens)} tokens from {body.first_index}, "
-                f"expected 1 from {self.next_index}",
+                f"RESULT of step {frame.seq} holds {count} tokens from {body.first_index}, expected "
+                f"{'1' if most == 1 else f'1 to {most}'} from {self.next_index}",
                 code="bad_output_index",
             )
+        self._check_held(frame, self._step_end - (due - count))
+        if body.tokens[:-1] != self._drafts[1:count]:
+            raise SequenceError(
+                f"RESULT of step {frame.seq} keeps {count} rows of the draft, which differs from its tokens "
+                "before the last",
+                code="bad_verification",
+            )
         self._check_ids(body.tokens)
-        self.next_index += 1
+        self.next_index += count
         self._acked_index = self.next_index
         self._streaming = self.open.streams and body.finish is None
         return ResultTokens(
@@ -313,7 +181,15 @@ class EdgeSession:
             body.finish,
         )
 
+    def _check_held(self, frame: Frame, expected: int) -> None:
+        if frame.pos != expected:
+            raise SequenceError(
+                f"the cloud holds {frame.pos} rows after step {frame.seq}, {expected} were expected",
+                code="bad_kv_len",
+            )
+
     def _result_rows(self, frame: Frame) -> ResultRows:
+        self._check_held(frame, self._step_end)
         check_body(frame, self._result_codec)
         if frame.n_tok != self._outputs_due:
             raise SequenceError(

@@ -74,8 +74,8 @@ class SessionOpened:
 
 @dataclass(frozen=True, slots=True)
 class ResultTokens:
-    """Prefix shape: the tokens of FINAL step `seq`. Only indexes never reported before; `kv_len` rows lie
-    in the cloud's KV."""
+    """Prefix shape: the token of FINAL step `seq`, or of VERIFY those up to the first that differs from its
+    draft (or ends the answer). Only indexes never reported before; `kv_len` rows lie in the cloud's KV."""
 
     stream: int
     seq: int
@@ -89,8 +89,8 @@ class ResultTokens:
 
 @dataclass(frozen=True, slots=True)
 class ResultRows:
-    """U-shape: final hidden rows of step `seq`, `frame.n_tok` of them, still encoded in
-    `open.result_format`."""
+    """U-shape: final hidden rows of step `seq`, `frame.n_tok` of them (VERIFY: one per row of the chain),
+    still encoded in `open.result_format`."""
 
     stream: int
     seq: int
@@ -170,7 +170,11 @@ class StepReceived:
     """Rows to append, exactly once and in order: cut the KV to `pos` if `truncate`, append `n_tok` rows.
 
     `final`: the last row produces output, `all_rows`: every row does. `next_index`: the token index that
-    output has (meaningless in the U-shape before the prompt's end). The body is still encoded: `frame`.
+    output has, of VERIFY the first one (meaningless in the U-shape before the prompt's end). The rows are
+    still encoded: the body of `frame`.
+
+    VERIFY has `all_rows`. In the prefix shape `drafts` are the ids of its rows: once the token drawn from a
+    row is not the id of the next one, the rows after it produce nothing and are cut from the KV.
     """
 
     stream: int
@@ -182,6 +186,7 @@ class StepReceived:
     all_rows: bool
     next_index: int
     frame: Frame
+    drafts: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

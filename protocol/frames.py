@@ -67,7 +67,8 @@ class MsgType(IntEnum):
 
 
 class Flag(IntFlag):
-    """STEP flags. `FINAL`: the last row produces output. `ALL_ROWS`: every row does. Others are refused."""
+    """Flags of STEP. `FINAL`: the last row produces output. `ALL_ROWS`: every row does. `TRUNCATE`, which
+    VERIFY takes too: the KV is first cut back to `pos`. Others are refused."""
 
     NONE = 0
     TRUNCATE = 1
@@ -121,7 +122,7 @@ _RULES: Final[dict[MsgType, _Rule]] = {
     MsgType.OPEN: _Rule(_JSON, _Stream.SESSION),
     MsgType.OPENED: _Rule(_JSON, _Stream.SESSION),
     MsgType.STEP: _Rule(_ROWS_OR_IDS, _Stream.SESSION, _STEP_FLAGS),
-    MsgType.VERIFY: _Rule(_ROWS_OR_IDS, _Stream.SESSION, _STEP_FLAGS),
+    MsgType.VERIFY: _Rule(_ROWS_OR_IDS, _Stream.SESSION, Flag.TRUNCATE),
     MsgType.RESULT: _Rule(_ROWS | _JSON, _Stream.SESSION),
     MsgType.STREAM: _Rule(_JSON, _Stream.SESSION),
     MsgType.CREDIT: _Rule(_JSON, _Stream.SESSION),
@@ -141,8 +142,8 @@ _RULES: Final[dict[MsgType, _Rule]] = {
 
 # The body's length is a whole number of these per row; a row is at least one of them.
 _UNIT: Final[dict[Dtype, int]] = {Dtype.F32: 4, Dtype.BF16: 2, Dtype.INT8: 1, Dtype.TOKEN_IDS: 4}
-# VERIFY puts one i32 draft id per row in front of the rows.
-_DRAFT_ID_BYTES: Final = 4
+# VERIFY puts one i32 per row in front of the rows (drafts.py has the layout).
+DRAFT_ID_BYTES: Final = 4
 
 _FIELD_MAX: Final[dict[str, int]] = {
     "stream": 2**32 - 1,
@@ -304,10 +305,11 @@ def _check_legal(
         return
     if n_tok == 0:
         raise FrameError(f"{name}: no rows in a body of dtype {dtype.name}", code="bad_rows")
-    row_len = raw_len - n_tok * _DRAFT_ID_BYTES if msg_type is MsgType.VERIFY else raw_len
+    prefix = n_tok * DRAFT_ID_BYTES if msg_type is MsgType.VERIFY else 0
+    row_len = raw_len - prefix
     unit = n_tok * _UNIT[dtype]
     ids_only = dtype is Dtype.TOKEN_IDS
-    if row_len < unit or row_len % unit or (ids_only and row_len != unit):
+    if row_len < unit or row_len % unit or (ids_only and row_len != unit) or wire_len < prefix:
         raise FrameError(
             f"{name}: {raw_len} bytes don't hold {n_tok} rows of {dtype.name}, a row being "
             f"{'' if ids_only else 'a multiple of '}{_UNIT[dtype]} bytes",

@@ -5,7 +5,7 @@ frame header:
 
 * `epoch`, `seq`, `pos` (row position of a STEP; `kv_len` of a RESULT and STREAM), `n_tok`.
 * `next_index` needs no field: a FINAL step over rows [pos, pos + n_tok) produces the token of index
-  pos + n_tok - prompt_tokens (`Open.index_after`).
+  pos + n_tok - prompt_tokens (`Open.index_after`); a VERIFY those from pos + 1 - prompt_tokens on.
 * a CANARY frame carries raw F32 rows, its split in `pos`, its number in `seq`; stream 0.
 * PING and PONG have no body; `seq` is the counter that PONG echoes.
 
@@ -15,7 +15,7 @@ GoAway ErrorBody CanaryResult WireLimits.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -42,6 +42,9 @@ Text = Annotated[str, Field(max_length=4096)]
 Seconds = Annotated[float, Field(ge=0)]
 Finish = Literal["stop", "length"]
 TopTokens = tuple[tuple[U32, float], ...]
+
+MAX_PRIORITY: Final = 10
+"""A request's priority goes from minus this to this; 0 is everybody's."""
 
 
 class Message(BaseModel):
@@ -134,6 +137,7 @@ class Open(Message):
     is offload: after the FINAL step the cloud goes on by itself and sends STREAM frames.
     `max_context` bounds the rows the session's KV may ever hold (prompt_tokens + max_tokens must fit).
     `context_ids` are the prompt's token ids, only where sampling needs them (rule 10).
+    `priority`: where sessions compete for the cloud's steps and pages, the higher goes first.
     """
 
     split: U32
@@ -148,6 +152,7 @@ class Open(Message):
     offer: PrefixOffer = PrefixOffer()
     context_ids: tuple[U32, ...] | None = None
     request_id: Name = ""
+    priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] = 0
 
     @property
     def streams(self) -> bool:
@@ -208,8 +213,9 @@ class _Tokens(Message):
 
 
 class ResultBody(_Tokens):
-    """cloud → edge, prefix shape: answers the FINAL step `seq`, acknowledges all up to it and returns
-    their credits. Header `pos` = kv_len. (U-shape RESULTs are tensor bodies.)"""
+    """cloud → edge, prefix shape: answers the FINAL step or the VERIFY `seq`, acknowledges all up to it and
+    returns their credits. Header `pos` = kv_len, to which a VERIFY's rejected rows were cut. (U-shape
+    RESULTs are tensor bodies.)"""
 
 
 class StreamBody(_Tokens):

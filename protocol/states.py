@@ -39,6 +39,7 @@ class EdgeInput(StrEnum):
 
     SEND_OPEN = "send_open"
     SEND_STEP = "send_step"
+    SEND_VERIFY = "send_verify"
     SEND_CANCEL = "send_cancel"
     SEND_CLOSE = "send_close"
     RECV_OPENED = "recv_opened"
@@ -74,6 +75,7 @@ _S, _I = EdgeState, EdgeInput
 EDGE_TABLE: Final[Mapping[tuple[EdgeState, EdgeInput], EdgeState]] = {
     (_S.IDLE, _I.SEND_OPEN): _S.OPENING,
     (_S.OPENING, _I.SEND_STEP): _S.OPENING,  # pipelined start
+    (_S.OPENING, _I.SEND_VERIFY): _S.OPENING,
     (_S.OPENING, _I.RECV_CREDIT): _S.OPENING,
     (_S.OPENING, _I.RECV_OPENED): _S.PREFILL,
     (_S.OPENING, _I.SEND_CANCEL): _S.CLOSING,
@@ -81,6 +83,7 @@ EDGE_TABLE: Final[Mapping[tuple[EdgeState, EdgeInput], EdgeState]] = {
     (_S.OPENING, _I.ERROR): _S.CLOSED,
     (_S.OPENING, _I.LOST): _S.CLOSED,
     (_S.PREFILL, _I.SEND_STEP): _S.PREFILL,
+    (_S.PREFILL, _I.SEND_VERIFY): _S.PREFILL,
     (_S.PREFILL, _I.RECV_CREDIT): _S.PREFILL,
     (_S.PREFILL, _I.RECV_RESULT): _S.DECODE,
     (_S.PREFILL, _I.SEND_CANCEL): _S.CLOSING,
@@ -88,6 +91,7 @@ EDGE_TABLE: Final[Mapping[tuple[EdgeState, EdgeInput], EdgeState]] = {
     (_S.PREFILL, _I.ERROR): _S.CLOSED,
     (_S.PREFILL, _I.LOST): _S.CLOSED,
     (_S.DECODE, _I.SEND_STEP): _S.DECODE,
+    (_S.DECODE, _I.SEND_VERIFY): _S.DECODE,
     (_S.DECODE, _I.RECV_CREDIT): _S.DECODE,
     (_S.DECODE, _I.RECV_RESULT): _S.DECODE,
     (_S.DECODE, _I.RECV_STREAM): _S.DECODE,
@@ -121,7 +125,7 @@ EDGE_TABLE: Final[Mapping[tuple[EdgeState, EdgeInput], EdgeState]] = {
     (_S.RESUMING, _I.RECV_REBUILD): _S.REBUILD,
     (_S.RESUMING, _I.GO_LOCAL): _S.LOCAL,
     (_S.RESUMING, _I.SEND_CANCEL): _S.CLOSING,
-    (_S.REBUILD, _I.SEND_STEP): _S.REBUILD,
+    (_S.REBUILD, _I.SEND_STEP): _S.REBUILD,  # a replay is no draft: VERIFY waits until it is done
     (_S.REBUILD, _I.REBUILT): _S.DECODE,
     (_S.REBUILD, _I.GO_LOCAL): _S.LOCAL,
     (_S.REBUILD, _I.SEND_CANCEL): _S.CLOSING,
@@ -147,6 +151,7 @@ class CloudInput(StrEnum):
 
     RECV_OPEN = "recv_open"
     RECV_STEP = "recv_step"
+    RECV_VERIFY = "recv_verify"
     RECV_CREDIT = "recv_credit"
     RECV_CANCEL = "recv_cancel"
     RECV_CLOSE = "recv_close"
@@ -171,12 +176,14 @@ _C, _J = CloudState, CloudInput
 CLOUD_TABLE: Final[Mapping[tuple[CloudState, CloudInput], CloudState]] = {
     (_C.NEW, _J.RECV_OPEN): _C.OPENING,
     (_C.OPENING, _J.RECV_STEP): _C.OPENING,
+    (_C.OPENING, _J.RECV_VERIFY): _C.OPENING,
     (_C.OPENING, _J.SEND_OPENED): _C.ACTIVE,
     (_C.OPENING, _J.RECV_CANCEL): _C.CLOSING,
     (_C.OPENING, _J.RECV_CLOSE): _C.CLOSING,
     (_C.OPENING, _J.ERROR): _C.CLOSED,
     (_C.OPENING, _J.LOST): _C.CLOSED,
     (_C.ACTIVE, _J.RECV_STEP): _C.ACTIVE,
+    (_C.ACTIVE, _J.RECV_VERIFY): _C.ACTIVE,
     (_C.ACTIVE, _J.RECV_CREDIT): _C.ACTIVE,
     (_C.ACTIVE, _J.SEND_RESULT): _C.ACTIVE,
     (_C.ACTIVE, _J.SEND_STREAM): _C.ACTIVE,
@@ -187,6 +194,7 @@ CLOUD_TABLE: Final[Mapping[tuple[CloudState, CloudInput], CloudState]] = {
     (_C.ACTIVE, _J.LOST): _C.CLOSED,
     # Crossed messages, and engine output that meets a CANCEL.
     (_C.CLOSING, _J.RECV_STEP): _C.CLOSING,
+    (_C.CLOSING, _J.RECV_VERIFY): _C.CLOSING,
     (_C.CLOSING, _J.RECV_CREDIT): _C.CLOSING,
     (_C.CLOSING, _J.RECV_CANCEL): _C.CLOSING,
     (_C.CLOSING, _J.RECV_CLOSE): _C.CLOSING,

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from isthmus.cloud import attention
-from isthmus.cloud.attention import AttentionBatch, KVStore, StepSequence, apply_rope, chunk_attention
+from isthmus.cloud.attention import AttentionBatch, apply_rope, chunk_attention
 from isthmus.cloud.kv import BlockTable, PagePool
+from isthmus.cloud.kv_store import KVStore, StepSequence
 from isthmus.protocol.errors import IsthmusError
 
 NUM_LAYERS, HEADS, KV_HEADS, DIM = 3, 6, 2, 8

@@ -2,63 +2,30 @@
 
 from __future__ import annotations
 
-import random
-import threading
-import time
-
 import numpy as np
 import pytest
 import torch
 
 from isthmus.cloud.engine import Engine
-from isthmus.cloud.engine_session import CanaryRows, Closed, EngineOpen, EngineOutput, Failed, Hidden, Opened
+from isthmus.cloud.engine_session import CanaryRows, Closed, EngineOpen, EngineOutput, Hidden, Opened
 from isthmus.cloud.model import CloudModel, model_logits
 from isthmus.cloud.scheduler import SchedulerConfig
-from isthmus.protocol.errors import RejectedError, RequestError, SequenceError
 from isthmus.protocol.identity import canary_ids
 from isthmus.protocol.sampling import SamplingParams
-from isthmus.splitter.checkpoint import open_checkpoint
 from tests.cloud.cloud_clients import (
     Client,
     EdgeHalf,
     alone,
+    check_tokens,
     greedy_reference,
+    is_idle,
     make_engine,
     offer_of,
     prompt_of,
     run,
 )
-from tests.tiny import make_tiny
 
 LAYERS = 4
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> CloudModel:
-    # One thread: on a busy machine OpenMP's barriers cost more than these products.
-    torch.set_num_threads(1)
-    path = make_tiny("llama", tmp_path_factory.mktemp("tiny") / "llama")
-    return CloudModel.load(open_checkpoint(path), device="cpu", precision="fp32")
-
-
-def check_tokens(client: Client) -> None:
-    """Greedy tokens equal the model's, but where its two best logits are closer than 1e-3."""
-    ids = list(client.prompt)
-    assert len(client.tokens) == client.max_tokens
-    logits = model_logits(client.model, [*ids, *client.tokens])[len(ids) - 1 : -1]
-    for index, (line, token) in enumerate(zip(logits, client.tokens, strict=True)):
-        if token != int(line.argmax()):
-            gap = float(line.max() - line[token])
-            assert gap < 1e-3, f"token {index} is {token}, the model says {line.argmax()} by {gap}"
-            print(f"near-tie at token {index}: {gap:.1e}")
-
-
-def is_idle(engine: Engine) -> bool:
-    """Every page is free or cached, nothing is scheduled."""
-    engine.pool.check()
-    engine.cache.check()
-    stats = engine.stats()
-    return stats.pages_used == stats.sessions == 0
 
 
 @pytest.mark.parametrize("split", range(LAYERS))
@@ -102,76 +69,6 @@ def test_sessions_of_all_depths_in_one_step_get_the_tokens_they_get_alone(model:
     assert engine.stats().row_layers_total == sum(
         (LAYERS - c.split) * (len(c.prompt) + c.max_tokens - 1) for c in clients
     )
-
-
-def test_a_quarter_of_the_pages_is_enough_for_the_same_tokens(model: CloudModel) -> None:
-    def clients_of(engine: Engine) -> list[Client]:
-        clients = [*mixed_clients(engine, model), *mixed_clients(engine, model)]
-        for client in clients:
-            client.max_context = len(client.prompt) + client.max_tokens
-        return clients
-
-    demand = sum((LAYERS - c.split) * -(-c.max_context // 16) for c in clients_of(make_engine(model)))
-    config = SchedulerConfig(max_rows=64, max_chunk_rows=32, idle_preempt_s=20.0)
-    engine = make_engine(model, pages=demand // 4, config=config)
-    clients = [client.start() for client in clients_of(engine)]
-    run(engine, clients)
-    for client in clients:
-        check_tokens(client)
-        engine.cancel(client.session_id)
-    engine.step()
-    assert engine.stats().preemptions_total > 0
-    assert is_idle(engine)
-
-
-@pytest.mark.parametrize("seed", range(40))
-def test_random_schedules_change_no_token(model: CloudModel, seed: int) -> None:
-    """Joins at random times, random chunks and budgets, few pages, some cancelled on the way."""
-    draw = random.Random(seed)
-    config = SchedulerConfig(
-        max_rows=draw.randint(2, 40),
-        max_chunk_rows=draw.randint(1, 40),
-        idle_preempt_s=draw.choice([0.0, 5.0, 100.0]),
-    )
-    engine = make_engine(model, pages=draw.randint(16, 60), config=config)
-    waiting = [
-        Client(
-            engine,
-            model,
-            prompt_of(draw.randint(1, 40), 100 * seed + number),
-            split=draw.randrange(LAYERS),
-            shape=draw.choice(["prefix", "u"]),
-            max_tokens=draw.randint(1, 8),
-            chunk=draw.randint(1, 50),
-            max_context=64,
-        )
-        for number in range(draw.randint(1, 6))
-    ]
-    running: dict[int, Client] = {}
-    finished: list[Client] = []
-    for _ in range(3000):
-        if waiting and draw.random() < 0.3:
-            client = waiting.pop().start()
-            running[client.session_id] = client
-        if running and draw.random() < 0.02:
-            engine.cancel(running.popitem()[0])
-        for output in engine.step():
-            if output.session_id in running:
-                running[output.session_id].take(output)
-        engine.pool.check()
-        for number, client in list(running.items()):
-            if client.done:
-                engine.cancel(number)
-                finished.append(running.pop(number))
-        if not waiting and not running:
-            break
-    engine.step()
-    assert not waiting
-    assert not running
-    assert is_idle(engine)
-    for client in finished:
-        assert client.error is None
-        check_tokens(client)
 
 
 def test_offload_stops_on_an_end_id(model: CloudModel) -> None:
@@ -249,15 +146,6 @@ def test_truncating_rows_not_yet_computed_gives_their_credits_back(model: CloudM
     assert outputs[-1].kv_len == 5
 
 
-def test_truncating_past_the_end_fails_the_session(model: CloudModel) -> None:
-    engine = make_engine(model)
-    number = engine.open(EngineOpen(split=0, shape="u", prompt_tokens=3, max_tokens=2, max_context=64))
-    engine.add_rows(number, [1, 2, 3], truncate_to=1)
-    outputs = engine.step()
-    assert isinstance(outputs[-1], Failed)
-    assert isinstance(outputs[-1].error, SequenceError)
-
-
 def test_hidden_rows_of_a_chunked_step_come_as_one(model: CloudModel) -> None:
     engine = make_engine(model, config=SchedulerConfig(max_rows=8, max_chunk_rows=5))
     prompt = prompt_of(17)
@@ -270,23 +158,6 @@ def test_hidden_rows_of_a_chunked_step_come_as_one(model: CloudModel) -> None:
     expected = model_logits(model, prompt)
     logits = model.head(torch.from_numpy(hidden.rows)).numpy()
     assert np.abs(logits - expected).max() < 1e-4 * np.abs(expected).max()
-
-
-def test_cancel_frees_the_pages_at_once(model: CloudModel) -> None:
-    engine = make_engine(model)
-    client = Client(engine, model, prompt_of(40), split=1, max_tokens=50).start()
-    other = Client(engine, model, prompt_of(8), max_tokens=30).start()
-    for _ in range(3):
-        for output in engine.step():
-            (client if output.session_id == client.session_id else other).take(output)
-    used = engine.pool.num_used
-    engine.cancel(client.session_id)
-    outputs = engine.step()
-    (closed,) = [out for out in outputs if isinstance(out, Closed)]
-    assert closed.pages_freed == 3 * 3  # three columns in each of three layers
-    assert engine.pool.num_used == used - 9
-    engine.cancel(client.session_id)  # idempotent
-    assert not any(isinstance(out, Closed) for out in engine.step())
 
 
 @pytest.mark.parametrize(("split", "shape"), [(0, "prefix"), (2, "prefix"), (3, "u")])
@@ -365,52 +236,6 @@ def test_a_long_conversation_is_found_where_the_offer_leaves_out_pages(model: Cl
     assert opened == Opened(again, 1199)
 
 
-def test_a_damaged_row_fails_its_session_only(model: CloudModel) -> None:
-    engine = make_engine(model)
-    good = Client(engine, model, prompt_of(12), split=2).start()
-    damaged: list[Client] = []
-    for shape in ("prefix", "u"):
-        bad = Client(engine, model, prompt_of(5), split=2, shape=shape)
-        bad.edge = None  # type: ignore[assignment]
-        bad.session_id = engine.open(
-            EngineOpen(split=2, shape=shape, prompt_tokens=5, max_tokens=3, max_context=64)
-        )
-        rows = np.ones((5, 64), dtype=np.float32)
-        rows[3] = np.nan
-        engine.add_rows(bad.session_id, rows, output="last")
-        damaged.append(bad)
-    run(engine, [good, *damaged])
-    assert good.tokens == greedy_reference(model, good.prompt, 8)
-    for bad in damaged:
-        assert bad.error is not None
-        assert "NaN" in bad.error.message
-
-
-def test_a_row_that_makes_the_model_fail_fails_its_session_only(model: CloudModel) -> None:
-    engine = make_engine(model)
-    bugs: list[BaseException] = []
-    engine.core._on_bug = bugs.append
-    good = Client(engine, model, prompt_of(12)).start()
-    bad = Client(engine, model, [5, 100_000]).start()  # outside the vocabulary: torch raises
-    run(engine, [good, bad])
-    assert good.tokens == greedy_reference(model, good.prompt, 8)
-    assert bad.error is not None
-    assert bad.error.code == "engine_failed"
-    assert len(bugs) == 1
-
-
-def test_sampling_that_cannot_be_done_fails_its_session_only(model: CloudModel) -> None:
-    engine = make_engine(model)
-    good = Client(engine, model, prompt_of(12)).start()
-    bad = Client(
-        engine, model, prompt_of(6), split=1, sampling=SamplingParams(repetition_penalty=1.2)
-    ).start()
-    run(engine, [good, bad])
-    assert bad.error is not None
-    assert bad.error.code == "context_needed"
-    assert good.tokens == greedy_reference(model, good.prompt, 8)
-
-
 @pytest.mark.parametrize(
     "sampling",
     [
@@ -432,36 +257,6 @@ def test_cloud_and_edge_draw_the_same_tokens(model: CloudModel, sampling: Sampli
             assert len(cloud.sampled[0].top) == 3
 
 
-def test_more_rows_than_the_context_fail_the_session(model: CloudModel) -> None:
-    engine = make_engine(model)
-    number = engine.open(EngineOpen(split=0, shape="u", prompt_tokens=3, max_tokens=1, max_context=4))
-    engine.add_rows(number, [1, 2, 3, 4, 5])
-    failed = engine.step()[-1]
-    assert isinstance(failed, Failed)
-    assert failed.error.code == "context_overflow"
-    assert "5" in failed.error.message
-    assert "4" in failed.error.message
-    assert is_idle(engine)
-
-
-def test_a_session_that_could_never_fit_is_refused(model: CloudModel) -> None:
-    engine = make_engine(model, pages=15)
-    engine.open(EngineOpen(split=0, shape="u", prompt_tokens=3, max_tokens=1, max_context=64))
-    (failed,) = engine.step()
-    assert isinstance(failed, Failed)
-    assert isinstance(failed.error, RejectedError)
-    assert "16 KV pages, the cloud has 15" in failed.error.message
-    assert is_idle(engine)
-
-
-def test_a_split_outside_the_model_is_refused(model: CloudModel) -> None:
-    engine = make_engine(model)
-    engine.open(EngineOpen(split=LAYERS, shape="u", prompt_tokens=3, max_tokens=1, max_context=64))
-    (failed,) = engine.step()
-    assert isinstance(failed, Failed)
-    assert isinstance(failed.error, RequestError)
-
-
 def test_canary_rows_are_the_boundaries_of_the_model(model: CloudModel) -> None:
     engine = make_engine(model)
     ids = canary_ids(320)
@@ -472,94 +267,3 @@ def test_canary_rows_are_the_boundaries_of_the_model(model: CloudModel) -> None:
         assert answer.session_id == number
         assert np.allclose(answer.rows, EdgeHalf(model, split).rows(ids), atol=1e-5)
     assert is_idle(engine)
-
-
-def test_commands_for_unknown_sessions_are_ignored(model: CloudModel) -> None:
-    engine = make_engine(model)
-    engine.add_rows(99, [1, 2])
-    engine.cancel(99)
-    engine.close(99, ())
-    engine.set_stream_limit(99, 5)
-    assert engine.step() == []
-
-
-def test_the_thread_wakes_at_once_and_outputs_go_to_their_sink(model: CloudModel) -> None:
-    engine = make_engine(model)
-    done = threading.Event()
-    outputs: list[EngineOutput] = []
-
-    def sink(batch: list[EngineOutput]) -> None:
-        outputs.extend(batch)
-        if any(getattr(out, "finish", None) for out in batch):
-            done.set()
-
-    engine.start()
-    try:
-        prompt = prompt_of(9)
-        number = engine.open(
-            EngineOpen(split=0, shape="prefix", prompt_tokens=9, max_tokens=5, max_context=64), sink
-        )
-        engine.add_rows(number, prompt, output="last")
-        assert done.wait(30)
-        tokens = [one.token for out in outputs for one in getattr(out, "sampled", ())]
-        assert tokens == greedy_reference(model, prompt, 5)
-        assert engine.stuck_for_s() < 1e9
-    finally:
-        engine.stop()
-    assert engine.stats().steps_total == 5
-
-
-def test_a_blocked_session_runs_once_an_idle_one_may_be_preempted(model: CloudModel) -> None:
-    """On the thread and by the real clock: nothing else wakes the engine."""
-    engine = make_engine(model, pages=LAYERS * 2, config=SchedulerConfig(idle_preempt_s=0.05))
-    engine._clock = engine.core._clock = time.monotonic
-    done = threading.Event()
-    first = engine.open(EngineOpen(split=0, shape="u", prompt_tokens=17, max_tokens=1, max_context=32))
-    engine.add_rows(first, prompt_of(17))
-    second = engine.open(
-        EngineOpen(split=0, shape="u", prompt_tokens=5, max_tokens=1, max_context=32),
-        lambda batch: done.set() if any(isinstance(out, Hidden) for out in batch) else None,
-    )
-    engine.add_rows(second, prompt_of(5), output="last")
-    engine.start()
-    try:
-        assert done.wait(30)
-    finally:
-        engine.stop()
-    assert engine.stats().preemptions_total == 1
-
-
-def test_a_bug_in_a_step_fails_the_sessions_and_the_engine_goes_on(
-    model: CloudModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    engine = make_engine(model)
-    plan, logits = engine.core.scheduler.plan, engine.core.forward.logits
-    failed: list[EngineOutput] = []
-    done = threading.Event()
-
-    def sink(batch: list[EngineOutput]) -> None:
-        failed.extend(out for out in batch if isinstance(out, Failed))
-        if failed or any(getattr(out, "finish", None) for out in batch):
-            done.set()
-
-    def raising(*_: object, **__: object) -> None:
-        raise ZeroDivisionError
-
-    request = EngineOpen(split=0, shape="prefix", prompt_tokens=3, max_tokens=2, max_context=64)
-    engine.start()
-    try:
-        for owner, name in ((engine.core.scheduler, "plan"), (engine.core.forward, "logits")):
-            monkeypatch.setattr(type(owner), name, raising)
-            engine.add_rows(engine.open(request, sink), [1, 2, 3], output="last")
-            assert done.wait(30)
-            assert [out.error.code for out in failed] == ["engine_failed"]  # type: ignore[union-attr]
-            failed.clear()
-            done.clear()
-            monkeypatch.undo()
-        assert engine.core.scheduler.plan == plan
-        assert engine.core.forward.logits == logits
-        engine.add_rows(engine.open(request, sink), [1, 2, 3], output="last")
-        assert done.wait(30)
-        assert not failed
-    finally:
-        engine.stop()

@@ -13,15 +13,16 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from isthmus.cloud.attention import KVStore, StepSequence
 from isthmus.cloud.kv import BlockTable, PagePool
+from isthmus.cloud.kv_store import KVStore, StepSequence
+from isthmus.cloud.linear_integer import IntegerLinear
 from isthmus.cloud.model import CloudModel, model_logits, parse_device
-from isthmus.cloud.precision import measure
+from isthmus.cloud.precision import MAX_KL, measure
 from isthmus.protocol.errors import ConfigError
 from isthmus.quant.measure import max_rel_logit_error
 from isthmus.splitter.checkpoint import open_checkpoint
 from tests.oracle import load_reference
-from tests.tiny import LLAMA3_ROPE, make_tiny
+from tests.tiny import LLAMA3_ROPE, make_tiny, make_tiny_gguf
 
 F32 = npt.NDArray[np.float32]
 
@@ -191,18 +192,42 @@ def test_a_pool_full_of_nan_does_not_matter(tiny: Any) -> None:
 
 def test_precisions_lose_little_and_weigh_less(tiny: Any) -> None:
     with open_checkpoint(tiny("qwen3")) as checkpoint:
-        found = measure(checkpoint, ("fp32", "bf16", "int8"), [IDS[:40], IDS[40:]], device="cpu")
+        names = ("fp32", "bf16", "int8", "int4")
+        found = measure(checkpoint, names, [IDS[:40], IDS[40:]], device="cpu")
         assert found["fp32"].kl == 0
         assert 0 < found["bf16"].kl < 2e-3
         assert 0 < found["int8"].kl < 2e-2
-        models = [CloudModel.load(checkpoint, precision=name) for name in ("fp32", "bf16", "int8")]
+        assert found["int8"].kl < found["int4"].kl < 1
+        models = [CloudModel.load(checkpoint, precision=name) for name in names]
     sizes = [model.weight_bytes for model in models]
     assert sizes[0] == sum(int(np.prod(s)) * 4 for s in models[0].spec.tensor_shapes().values()) + (
         # q and k norms are kept once per head
         4 * models[0].spec.num_layers * (4 + 2 - 2) * 32
     )
     assert sizes[0] > 1.9 * sizes[1] > 3 * sizes[2]
+    assert sizes[2] > sizes[3]  # the embedding stays bf16, the head is int8 in both
     assert [model.page_bytes for model in models] == [m.new_store(1).page_bytes for m in models]
+
+
+@pytest.mark.parametrize("quantisation", ["Q4_0", "Q4_1"])
+def test_int4_takes_a_four_bit_file_as_it_is(quantisation: str, tiny: Any, tmp_path: Path) -> None:
+    """Its blocks lose little more than bf16 does; the same numbers as floats would be rounded once more."""
+    path = make_tiny_gguf(tiny("llama"), tmp_path / "tiny.gguf", quantisation=quantisation)
+    with open_checkpoint(path) as checkpoint:
+        found = measure(checkpoint, ("bf16", "int4"), [IDS[:40]], device="cpu")
+        model = CloudModel.load(checkpoint, precision="int4")
+    assert found["int4"].kl < 4 * found["bf16"].kl
+    assert model.remarks == ()
+
+
+def test_int4_says_which_matrices_are_int8_instead(tmp_path: Path) -> None:
+    with open_checkpoint(make_tiny("llama", tmp_path / "odd", intermediate_size=80)) as checkpoint:
+        model = CloudModel.load(checkpoint, precision="int4")
+        assert model.remarks == ("down is int8: 80 columns are no multiple of 32",)
+        assert CloudModel.load(checkpoint, precision="int8").remarks == ()
+    assert [linear.kind for linear in model.linears if isinstance(linear, IntegerLinear)] == (
+        ["int4", "int4", "int4", "int8"] * model.spec.num_layers + ["int8"]
+    )
 
 
 def test_rope_tables_grow_past_their_first_size(tiny: Any) -> None:
@@ -224,9 +249,9 @@ class NoMixing(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8", "int4"])
 def test_a_step_keeps_to_its_device(precision: str, tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a GPU, the meta device shows that every tensor of a step is moved (int8: the widened path)."""
+    """Without a GPU, the meta device shows that a step moves every tensor (integers: the widened path)."""
     monkeypatch.setattr("isthmus.cloud.model.parse_device", torch.device)
     with open_checkpoint(tiny("qwen3")) as checkpoint:
         model = CloudModel.load(checkpoint, device="meta", precision=precision)
@@ -264,7 +289,10 @@ def test_devices_are_checked() -> None:
 
 
 @pytest.mark.model
-def test_smollm2_equals_transformers_and_int8_stays_close(smollm_dir: Path) -> None:
+def test_smollm2_equals_transformers_and_integers_stay_close(
+    smollm_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ISTHMUS_CACHE", str(tmp_path))  # timings taken beside other tests are not to be kept
     ids = np.random.default_rng(3).integers(0, 49152, 60).tolist()
     ids[:11] = [504, 3575, 282, 4649, 314, 7042, 30, 657, 314, 253, 2620]
     reference = load_reference(smollm_dir)
@@ -279,4 +307,6 @@ def test_smollm2_equals_transformers_and_int8_stays_close(smollm_dir: Path) -> N
         got = runner.step([(table, runner.boundary(ids, table.first_layer)) for table in tables])
         for part in got:
             assert max_rel_logit_error(whole, part) < SAME
-        assert measure(checkpoint, ["int8"], [ids[:11]], device="cpu")["int8"].kl < 2e-2
+        found = measure(checkpoint, ["int8", "int4"], [ids[:11]], device="cpu")
+        assert found["int8"].kl < 2e-2
+        assert found["int4"].kl < MAX_KL  # its matrices are Q4_1, taken over as they are

@@ -314,7 +314,10 @@ def test_health_metrics_and_foreign_hosts(cloud: RunningCloud) -> None:
     for name in (
         "isthmus_time_to_first_token_seconds", "isthmus_inter_token_latency_seconds",
         "isthmus_e2e_request_latency_seconds", "isthmus_num_requests_running", "isthmus_num_requests_waiting",
-        "isthmus_kv_cache_usage_perc", "isthmus_link_bytes_total",
+        "isthmus_kv_cache_usage_perc", "isthmus_link_bytes_total", "isthmus_step_seconds",
+        "isthmus_step_rows",
+        "isthmus_kv_pages_used", "isthmus_kv_pages_cached", "isthmus_kv_pages_free",
+        "isthmus_preemptions_total", "isthmus_prefix_hits_total", "isthmus_batch_wait_seconds_total",
     ):  # fmt: skip
         assert name in text
     rebound = httpx.get(f"{cloud.http}/v1/stats", headers={"Host": "evil.example"})

@@ -56,6 +56,20 @@ async def test_slots_are_first_come_first_served_and_refuse_beyond_the_queue() -
     assert (slots.running, slots.waiting) == (0, 0)
 
 
+async def test_a_higher_priority_gets_the_next_slot_and_equals_keep_their_order() -> None:
+    slots = Slots(parallel=1, queue=9)
+    order: list[tuple[int, int]] = []
+
+    async def work(number: int, priority: int) -> None:
+        async with slots.take(priority):
+            order.append((priority, number))
+            await asyncio.sleep(0)
+
+    await asyncio.gather(*(work(number, p) for number, p in enumerate((0, 0, -3, 5, 0, 5))))
+    assert order == [(0, 0), (5, 3), (5, 5), (0, 1), (0, 4), (-3, 2)]
+    assert (slots.running, slots.waiting) == (0, 0)
+
+
 async def test_who_leaves_the_queue_gives_up_no_slot() -> None:
     slots = Slots(parallel=1, queue=4)
     gate = asyncio.Event()

@@ -117,6 +117,8 @@ def test_an_unknown_field_is_named(edge: LiveEdge, body: dict[str, Any], param: 
         ({"response_format": {"type": "json_object"}}, "response_format.type", "'text'"),
         ({"isthmus": {"route": "fast"}}, "isthmus.route", "'local'"),
         ({"isthmus": {"privacy": "none"}}, "isthmus.privacy", "'any'"),
+        ({"isthmus": {"priority": 11}}, "isthmus.priority", "less than or equal to 10"),
+        ({"isthmus": {"priority": "high"}}, "isthmus.priority", "integer"),
     ],
     ids=str,
 )

@@ -123,6 +123,13 @@ def test_privacy_reaches_the_agent() -> None:
     assert requests(chat(isthmus={"privacy": "activations-only"}))[0].privacy == "activations-only"
 
 
+def test_priority_reaches_the_agent() -> None:
+    assert requests(chat())[0].priority == 0
+    assert [one.priority for one in requests(chat(n=2, isthmus={"priority": -7}))] == [-7, -7]
+    with pytest.raises(RequestError, match="priority is 11, allowed are -10 to 10"):
+        GenerateRequest((1,), 1, priority=11)
+
+
 # ---- advice of the model's makers ----------------------------------------------------------------------
 
 

@@ -97,6 +97,16 @@ async def test_activations_only_refuses_what_would_show_tokens(
         await agent.aclose()
 
 
+@pytest.mark.parametrize("way", [{"route": "offload"}, {"route": "split", "split": 2, "shape": "u"}])
+async def test_the_cloud_is_told_the_priority(tiny: TinyModel, way: dict[str, Any]) -> None:
+    async with toy_cloud(info_of(tiny)) as cloud:
+        agent = await agent_at(tiny, cloud)
+        for priority in (0, 4):
+            await collect(agent, ask(PROMPT, 1, priority=priority, **way))
+        assert [request.priority for request in cloud.opens] == [0, 4]
+        await agent.aclose()
+
+
 async def test_activations_only_under_memory_pressure_still_splits_in_the_u_shape(tiny: TinyModel) -> None:
     async with toy_cloud(info_of(tiny)) as cloud:
         agent = await agent_at(tiny, cloud, min_depth=2, memory_mb=TINY_MEMORY_MB)

@@ -35,11 +35,7 @@ from tests.protocol.pairing import (
     make_open,
     parse,
 )
-from tests.protocol.transcripts import (
-    Transcript,
-    ids,
-    tensor,
-)
+from tests.protocol.transcript_lines import Transcript, ids, tensor
 
 
 def fresh(limits: Limits = LIMITS, **settings: Any) -> CloudConnection:

@@ -23,11 +23,7 @@ from tests.protocol.pairing import (
     make_open,
     parse,
 )
-from tests.protocol.transcripts import (
-    OPENED_LINE,
-    Transcript,
-    control,
-)
+from tests.protocol.transcript_lines import OPENED_LINE, Transcript, control
 
 
 def welcomed(

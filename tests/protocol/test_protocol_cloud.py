@@ -63,17 +63,16 @@ from tests.protocol.pairing import (
     encoded,
     offer,
 )
-from tests.protocol.transcripts import (
+from tests.protocol.transcript_lines import (
     BUSY,
     CANCEL_LINE,
     ERROR_DOWN,
     ERROR_UP,
-    TRANSCRIPTS,
     Transcript,
     control,
-    ids,
     tensor,
 )
+from tests.protocol.transcripts import TRANSCRIPTS
 
 # ---- golden transcripts
 
@@ -219,12 +218,8 @@ def test_messages_for_the_other_side_end_the_connection_or_the_session() -> None
         assert isinstance(feed(cloud, frame)[-1], ConnectionFailed)
 
 
-def test_verify_is_not_spoken_yet_and_resume_finds_no_session() -> None:
+def test_resume_finds_no_session() -> None:
     cloud = greeted()
-    active(cloud)
-    verify = tensor(MsgType.VERIFY, ids([1, 2]), 1, seq=1, pos=0)
-    assert failure(feed(cloud, verify)).error.code == "unexpected_message"
-    sent(cloud)
     assert feed(cloud, control(MsgType.RESUME, '{"any":"thing"}', stream=5)) == []
     (answer,) = sent(cloud)
     assert answer.stream == 5

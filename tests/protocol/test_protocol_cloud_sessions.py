@@ -54,12 +54,7 @@ from tests.protocol.pairing import (
     encoded,
     rows,
 )
-from tests.protocol.transcripts import (
-    CANCEL_LINE,
-    control,
-    ids,
-    tensor,
-)
+from tests.protocol.transcript_lines import CANCEL_LINE, control, ids, tensor
 
 # ---- steps
 

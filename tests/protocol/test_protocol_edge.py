@@ -42,12 +42,8 @@ from tests.protocol.pairing import (
     offer,
     rows,
 )
-from tests.protocol.transcripts import (
-    OPENED_LINE,
-    TRANSCRIPTS,
-    Transcript,
-    control,
-)
+from tests.protocol.transcript_lines import OPENED_LINE, Transcript, control
+from tests.protocol.transcripts import TRANSCRIPTS
 
 # ---- golden transcripts
 

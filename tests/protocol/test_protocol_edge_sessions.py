@@ -29,7 +29,7 @@ from tests.protocol.pairing import (
     make_open,
     offer,
 )
-from tests.protocol.transcripts import (
+from tests.protocol.transcript_lines import (
     CLOSED_LINE,
     ERROR_DOWN,
     ERROR_UP,

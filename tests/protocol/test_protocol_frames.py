@@ -96,7 +96,7 @@ def legal_frames(draw: st.DrawFn) -> Frame:
     flags = Flag(draw(st.integers(0, 7)) & int(rule.flags))
     dtype = draw(st.sampled_from(sorted(rule.dtypes)))
     codec = Codec.NONE
-    n_tok = 0
+    n_tok = prefix = 0
     if dtype is Dtype.NONE:
         body = b""
     elif dtype is Dtype.JSON:
@@ -105,11 +105,12 @@ def legal_frames(draw: st.DrawFn) -> Frame:
         n_tok = draw(st.integers(1, 5))
         units = 1 if dtype is Dtype.TOKEN_IDS else draw(st.integers(1, 5))
         row = {Dtype.F32: 4, Dtype.BF16: 2, Dtype.INT8: 1, Dtype.TOKEN_IDS: 4}[dtype] * units
-        size = n_tok * (row + (4 if msg_type is MsgType.VERIFY else 0))
+        prefix = 4 * n_tok if msg_type is MsgType.VERIFY else 0
+        size = n_tok * row + prefix
         body = draw(st.binary(min_size=size, max_size=size))
     raw_len = len(body)
     if dtype in (Dtype.F32, Dtype.BF16, Dtype.INT8) and raw_len > 1 and draw(st.booleans()):
-        codec, body = Codec.ZSTD, body[: draw(st.integers(0, raw_len - 1))]
+        codec, body = Codec.ZSTD, body[: draw(st.integers(prefix, raw_len - 1))]
     return Frame(
         msg_type, draw(streams), draw(u32), draw(st.integers(0, 2**64 - 1)), draw(u32), n_tok,
         flags, dtype, codec, raw_len, body,
@@ -207,6 +208,12 @@ BAD_HEADERS = {
     "more ids than n_tok": (forge_step(dtype=Dtype.TOKEN_IDS, n_tok=1), "bad_length"),
     "VERIFY with ids but no rows": (forge_step(type=MsgType.VERIFY), "bad_length"),
     "VERIFY too short for its ids": (forge_step(b"1", type=MsgType.VERIFY), "bad_length"),
+    "compressed VERIFY too short for its ids": (
+        forge_step(b"1234567", type=MsgType.VERIFY, codec=1, raw_len=10),
+        "bad_length",
+    ),
+    "FINAL on VERIFY": (forge_step(b"1234567890", type=MsgType.VERIFY, flags=Flag.FINAL), "bad_flags"),
+    "ALL_ROWS on VERIFY": (forge_step(b"1234567890", type=MsgType.VERIFY, flags=Flag.ALL_ROWS), "bad_flags"),
 }
 
 
@@ -221,7 +228,10 @@ def test_the_forged_messages_differ_from_legal_ones_by_one_thing() -> None:
     assert decode_frame(forge(), max_body=MAX).type is MsgType.OPEN
     assert decode_frame(forge_step(), max_body=MAX).n_tok == 2
     assert decode_frame(forge_step(codec=1, raw_len=10), max_body=MAX).raw_len == 10
-    assert decode_frame(forge_step(b"1234567890", type=MsgType.VERIFY), max_body=MAX).n_tok == 2
+    assert decode_frame(forge_step(b"1234567890", type=MsgType.VERIFY, flags=1), max_body=MAX).n_tok == 2
+    assert (
+        decode_frame(forge_step(type=MsgType.VERIFY, codec=1, raw_len=10), max_body=MAX).codec is Codec.ZSTD
+    )
 
 
 @pytest.mark.parametrize("bit", range(3, 16))

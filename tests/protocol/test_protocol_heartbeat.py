@@ -22,10 +22,7 @@ from tests.protocol.pairing import (
     encoded,
     make_open,
 )
-from tests.protocol.transcripts import (
-    OPENED_LINE,
-    control,
-)
+from tests.protocol.transcript_lines import OPENED_LINE, control
 
 # ---- heartbeat
 

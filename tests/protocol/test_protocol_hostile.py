@@ -50,10 +50,8 @@ from tests.protocol.pairing import (
     opened,
     parse,
 )
-from tests.protocol.transcripts import (
-    TRANSCRIPTS,
-    control,
-)
+from tests.protocol.transcript_lines import control
+from tests.protocol.transcripts import TRANSCRIPTS
 
 # ---- scope of errors
 

@@ -224,3 +224,11 @@ def test_open_has_no_default_for_what_changes_the_result() -> None:
     }
     assert Welcome.model_fields["limits"].is_required()
     assert IDENTITY.key == INFO.identity.key
+
+
+def test_priority_is_bounded_and_everybodys_by_default() -> None:
+    assert make_open().priority == 0
+    assert [make_open(priority=bound).priority for bound in (-10, 10)] == [-10, 10]
+    for wrong in (11, -11, 1.5, "high"):
+        with pytest.raises(ValidationError, match="priority"):
+            make_open(priority=wrong)

@@ -1,20 +1,19 @@
-"""Both ends paired in memory under a state machine: random opens, steps, rewinds, cancels, closes, repeated
-messages and any order between streams. Whatever happens, no session fails, every token arrives once and in
-order, every row is appended once at its place, and both ends agree on kv_len and credits when it is quiet.
+"""Both ends paired in memory under a state machine: random opens, steps, draft chains, rewinds, cancels,
+closes, repeated messages and any order between streams. Whatever happens, no session fails, every token
+arrives once and in order, every row is appended once at its place, and both ends agree on kv_len and credits
+when it is quiet.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, field
 
 import numpy as np
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from isthmus.protocol.activations import RowCodec, RowFormat, decode_ids
-from isthmus.protocol.edge_session import EdgeSession
+from isthmus.protocol.activations import decode_ids
 from isthmus.protocol.events import (
     CancelRequested,
     CloseRequested,
@@ -31,55 +30,22 @@ from isthmus.protocol.events import (
     StreamWindow,
 )
 from isthmus.protocol.frames import MsgType
-from isthmus.protocol.limits import Limits, TenantUsage
-from isthmus.protocol.messages import Close, Finish
+from isthmus.protocol.limits import TenantUsage
+from isthmus.protocol.messages import Close
 from isthmus.protocol.states import CloudState, EdgeState
-from tests.protocol.pairing import HIDDEN, SESSION_ID, VOCAB, Pair, connected, make_open, offer, parse
-
-LIMITS = Limits(
-    initial_credits_rows=6,
-    max_rows_per_step=4,
-    stream_window_tokens=3,
-    max_sessions=4,
-    dead_after_s=1e9,
-    idle_after_s=1e9,
+from tests.protocol.conversation import (
+    CODEC,
+    LIMITS,
+    MAX_CONTEXT,
+    MAX_TOKENS,
+    NEVER_REPEATED,
+    Conversation,
+    content_of_cache,
+    drawn_along,
+    finish_at,
+    token_of,
 )
-MAX_TOKENS, MAX_CONTEXT = 6, 20
-CODEC = RowCodec(RowFormat.F32, HIDDEN)
-# OPEN and OPENED begin a stream; everything after may be repeated without harm.
-NEVER_REPEATED = {MsgType.OPEN, MsgType.OPENED}
-
-
-def token_of(stream: int, index: int) -> int:
-    return (31 * stream + 7 * index) % VOCAB
-
-
-def content_of_cache(row: int) -> int:
-    """What the cloud kept from an earlier turn."""
-    return 50 + row
-
-
-@dataclass
-class Conversation:
-    """What the test knows of one session on both sides."""
-
-    core: EdgeSession
-    kind: str
-    prompt: int
-    edge_rows: list[int] = field(default_factory=list)  # contents the edge believes the KV to have
-    edge_tokens: list[int] = field(default_factory=list)
-    due_index: int = 0  # of the token that must come next
-    work: deque[StepReceived | CloseRequested | CancelRequested | str] = field(default_factory=deque)
-    cloud_rows: list[int] = field(default_factory=list)  # contents of the engine's KV
-    last_seq: int = 0
-    num_generated: int = 0
-    closing: bool = False
-    closed: bool = False
-    expected_rows: deque[list[int]] = field(default_factory=deque)
-
-    @property
-    def stream(self) -> int:
-        return self.core.stream
+from tests.protocol.pairing import HIDDEN, SESSION_ID, VOCAB, Pair, connected, make_open, offer, parse
 
 
 class PairedMachine(RuleBasedStateMachine):
@@ -167,6 +133,8 @@ class PairedMachine(RuleBasedStateMachine):
                     if isinstance(event, StreamTokens):
                         talk.edge_rows.append(talk.edge_tokens[-1])  # the cloud fed the one before to itself
                     talk.edge_tokens.append(token)
+                if isinstance(event, ResultTokens):
+                    talk.edge_rows = talk.edge_rows[: event.kv_len]  # the rest of a draft chain
             case ResultRows():
                 talk = self.talks[event.stream]
                 rows = CODEC.decode_frame(event.frame, max_raw=1 << 20)
@@ -236,6 +204,37 @@ class PairedMachine(RuleBasedStateMachine):
             talk.expected_rows.append(contents[-1:])
         self.collect()
 
+    @precondition(lambda self: self.verifiable())
+    @rule(data=st.data(), right=st.integers(0, 3))
+    def verify(self, data: st.DataObject, right: int) -> None:
+        """A chain whose first `right` drafts are what the cloud will draw."""
+        talk = data.draw(st.sampled_from(self.verifiable()))
+        core = talk.core
+        truncate = data.draw(st.booleans())
+        pos = data.draw(st.integers(talk.first_pos, core.kv_len)) if truncate else core.kv_len
+        n = data.draw(st.integers(1, 4))
+        if n > min(core.credits, core.chunk_rows, MAX_CONTEXT - pos):
+            return
+        index = core.open.index_after(pos + 1)
+        drafts = [(token_of(core.stream, index + i) + (i >= right)) % VOCAB for i in range(n - 1)]
+        contents = [self.counter % VOCAB, *drafts]
+        self.counter += 1
+        rows = np.repeat(np.array(contents, np.float32)[:, None], HIDDEN, axis=1)
+        core.verify_rows(contents, CODEC.encode(rows), pos, truncate=truncate)
+        talk.edge_rows = talk.edge_rows[:pos] + contents
+        if talk.kind == "u":
+            talk.expected_rows.append(contents)
+        else:
+            talk.due_index = index
+        self.collect()
+
+    def verifiable(self) -> list[Conversation]:
+        return [
+            talk
+            for talk in self.sendable()
+            if talk.kind != "offload" and talk.first_pos <= talk.core.kv_len < talk.last_pos
+        ]
+
     def sendable(self) -> list[Conversation]:
         return [talk for talk in self.talks.values() if talk.core.can_send(1)]
 
@@ -293,10 +292,16 @@ class PairedMachine(RuleBasedStateMachine):
         assert step.pos == len(talk.cloud_rows) or (step.truncate and step.pos < len(talk.cloud_rows))
         talk.cloud_rows = talk.cloud_rows[: step.pos] + contents
         kv_len = len(talk.cloud_rows)
-        if step.all_rows or (step.final and talk.kind == "u"):
+        if talk.kind == "u" and (step.all_rows or step.final):
             out = contents if step.all_rows else contents[-1:]
             rows = np.repeat(np.array(out, np.float32)[:, None], HIDDEN, axis=1)
             cloud.result_rows(talk.stream, CODEC.encode(rows), len(out), kv_len=kv_len)
+        elif step.drafts:
+            assert step.next_index == step.pos + 1 - talk.prompt
+            tokens = drawn_along(talk.stream, step.next_index, step.drafts)
+            talk.cloud_rows = talk.cloud_rows[: step.pos + len(tokens)]
+            finish = finish_at(step.next_index + len(tokens) - 1)
+            cloud.result_tokens(talk.stream, tokens, kv_len=len(talk.cloud_rows), finish=finish)
         elif step.final:
             assert step.next_index == kv_len - talk.prompt
             cloud.result_tokens(
@@ -404,10 +409,6 @@ class PairedMachine(RuleBasedStateMachine):
                     self.deliver_from(way, stream)
             for talk in self.busy():
                 self.work_on(talk, 9, 2)
-
-
-def finish_at(index: int) -> Finish | None:
-    return "length" if index + 1 == MAX_TOKENS else None
 
 
 PairedMachine.TestCase.settings = settings(

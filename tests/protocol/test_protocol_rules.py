@@ -28,7 +28,7 @@ from tests.protocol.pairing import (
     opened,
     parse,
 )
-from tests.protocol.transcripts import tensor
+from tests.protocol.transcript_lines import tensor
 
 # ---- rule 1: a step is executed once, in order, at its place
 

@@ -1,29 +1,17 @@
 """Golden transcripts: whole conversations, frame by frame, each written once and played in both directions.
 
-A line is one message: who sends it, the exact header fields and JSON text, the owner's call that makes the
-sender produce it (None: the connection does so by itself), and the events the receiver reports. The tests of
-the edge play the cloud's lines into an EdgeConnection and compare what it sends, those of the cloud do the
-reverse, so neither end can drift without the other noticing.
+The tests of the edge play the cloud's lines into an EdgeConnection and compare what it sends, those of the
+cloud do the reverse, so neither end can drift without the other noticing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
-
-from isthmus.protocol.activations import Encoded, RowFormat, encode_ids
-from isthmus.protocol.cloud_connection import CloudConnection
-from isthmus.protocol.edge_connection import EdgeConnection
-from isthmus.protocol.errors import OverloadedError
+from isthmus.protocol.activations import RowFormat
 from isthmus.protocol.events import (
     CanaryDone,
     CanaryRequested,
-    CancelRequested,
     CloseRequested,
-    CloudEvent,
     CreditGranted,
-    EdgeEvent,
     GoingAway,
     ResultRows,
     ResultTokens,
@@ -31,110 +19,27 @@ from isthmus.protocol.events import (
     SessionOpened,
     SessionOpenRequested,
     StatusReceived,
-    StepReceived,
-    StreamTokens,
     StreamWindow,
 )
-from isthmus.protocol.frames import Codec, Dtype, Flag, Frame, MsgType
+from isthmus.protocol.frames import Flag, Frame, MsgType
 from isthmus.protocol.limits import Limits
 from isthmus.protocol.messages import CanaryResult, Close, Closed, GoAway, Load, Opened, Status
-from tests.protocol.pairing import LIMITS, SESSION_ID, encoded, make_open, offer, rows
-
-
-@dataclass(frozen=True)
-class Line:
-    frame: Frame
-    events: tuple[EdgeEvent | CloudEvent, ...] = ()
-    edge: Callable[[EdgeConnection], Any] | None = None
-    cloud: Callable[[CloudConnection], Any] | None = None
-    by: str = ""
-
-    @property
-    def sender(self) -> str:
-        return self.by or ("edge" if self.edge else "cloud")
-
-
-def control(
-    msg_type: MsgType, text: str, *, stream: int = 1, epoch: int = 1, seq: int = 0, pos: int = 0
-) -> Frame:
-    body = text.encode()
-    return Frame(msg_type, stream, epoch, seq, pos, dtype=Dtype.JSON, raw_len=len(body), body=body)
-
-
-def tensor(
-    msg_type: MsgType,
-    data: Encoded,
-    n_tok: int,
-    *,
-    seq: int,
-    pos: int,
-    flags: Flag = Flag.NONE,
-    stream: int = 1,
-) -> Frame:
-    return Frame(
-        msg_type,
-        stream,
-        1 if stream else 0,
-        seq,
-        pos,
-        n_tok,
-        flags,
-        data.dtype,
-        data.codec,
-        data.raw_len,
-        data.body,
-    )
-
-
-def ids(values: list[int]) -> Encoded:
-    body = encode_ids(values)
-    return Encoded(body, Dtype.TOKEN_IDS, Codec.NONE, len(body))
-
-
-def step(frame: Frame, *, next_index: int) -> StepReceived:
-    return StepReceived(
-        frame.stream,
-        frame.seq,
-        frame.pos,
-        frame.n_tok,
-        Flag.TRUNCATE in frame.flags,
-        Flag.FINAL in frame.flags,
-        Flag.ALL_ROWS in frame.flags,
-        next_index,
-        frame,
-    )
-
-
-SAMPLING = (
-    '{"temperature":0.0,"top_k":0,"top_p":1.0,"min_p":0.0,"repetition_penalty":1.0,"presence_penalty":0.0,'
-    '"frequency_penalty":0.0,"seed":0,"choice":0,"logprobs":-1}'
-)
-
-
-def open_json(split: int, shape: str, row_format: str, entries: str = "[]") -> str:
-    return (
-        f'{{"split":{split},"shape":"{shape}","row_format":"{row_format}","outliers":[],"max_tokens":8,'
-        f'"prompt_tokens":4,"max_context":64,"sampling":{SAMPLING},"end_ids":[],'
-        f'"offer":{{"entries":{entries}}},"context_ids":null,"request_id":""}}'
-    )
-
-
-OPENED = Opened(session_id=SESSION_ID, credits=2048, chunk_rows=512)
-OPENED_LINE = Line(
-    control(
-        MsgType.OPENED,
-        f'{{"session_id":"{SESSION_ID}","resume_token":"","cached_rows":0,"credits":2048,"chunk_rows":512}}',
-    ),
-    (SessionOpened(1, OPENED),),
-    cloud=lambda c: c.opened(1, session_id=SESSION_ID),
-)
-CLOSED_LINE = Line(
-    control(MsgType.CLOSED, '{"pages_freed":3,"kv_len":5,"cached":false}'),
-    (SessionClosed(1, Closed(pages_freed=3, kv_len=5)),),
-    cloud=lambda c: c.closed(1, pages_freed=3),
-)
-CANCEL_LINE = Line(
-    control(MsgType.CANCEL, "{}"), (CancelRequested(1),), edge=lambda e: e.sessions[1].cancel()
+from tests.protocol.pairing import SESSION_ID, encoded, make_open, offer, rows
+from tests.protocol.transcript_lines import (
+    CANCEL_LINE,
+    CLOSED_LINE,
+    OPENED_LINE,
+    Line,
+    Transcript,
+    control,
+    ids,
+    open_json,
+    result_line,
+    step,
+    stream_line,
+    tensor,
+    verified,
+    verify_frame,
 )
 
 # ---- split in the prefix shape: pipelined start, two chunks, one decode step, CLOSE with an offer
@@ -244,25 +149,94 @@ U_SHAPE = (
     CLOSED_LINE,
 )
 
+# ---- draft chains: one of two drafts accepted; then in the U-shape, two of three cut off by the edge
+
+
+V_PROMPT = tensor(MsgType.STEP, encoded(4), 4, seq=1, pos=0, flags=Flag.FINAL)
+V_CHAIN = verify_frame(encoded(3, 4), [42, 43, 44], seq=2, pos=4)
+V_LAST = verify_frame(encoded(3, 6), [50, 51, 52], seq=3, pos=6)
+
+VERIFY = (
+    Line(
+        control(MsgType.OPEN, open_json(1, "prefix", "f32")),
+        (SessionOpenRequested(1, make_open()),),
+        edge=lambda e: e.open(make_open()),
+    ),
+    OPENED_LINE,
+    Line(
+        V_PROMPT,
+        (step(V_PROMPT, next_index=0),),
+        edge=lambda e: e.sessions[1].step_rows(encoded(4), 0, 4, final=True),
+    ),
+    result_line(1, 0, [42], 4),
+    Line(
+        V_CHAIN,
+        (verified(V_CHAIN, encoded(3, 4), (42, 43, 44), next_index=1),),
+        edge=lambda e: e.sessions[1].verify_rows([42, 43, 44], encoded(3, 4), 4),
+    ),
+    result_line(2, 1, [43, 50], 6),
+    Line(
+        V_LAST,
+        (verified(V_LAST, encoded(3, 6), (50, 51, 52), next_index=3),),
+        edge=lambda e: e.sessions[1].verify_rows([50, 51, 52], encoded(3, 6), 6),
+    ),
+    result_line(3, 3, [51, 52, 9], 9, "stop"),
+    CANCEL_LINE,
+    Line(
+        control(MsgType.CLOSED, '{"pages_freed":3,"kv_len":9,"cached":false}'),
+        (SessionClosed(1, Closed(pages_freed=3, kv_len=9)),),
+        cloud=lambda c: c.closed(1, pages_freed=3),
+    ),
+)
+
+UV_CHAIN = verify_frame(encoded(3, 4, RowFormat.BF16), [0, 0, 0], seq=2, pos=4)
+UV_ROWS = tensor(MsgType.RESULT, encoded(3, 4, RowFormat.BF16), 3, seq=2, pos=7)
+UV_NEXT = verify_frame(encoded(1, 5, RowFormat.BF16), [0], seq=3, pos=5, flags=Flag.TRUNCATE)
+UV_ROW = tensor(MsgType.RESULT, encoded(1, 5, RowFormat.BF16), 1, seq=3, pos=6)
+
+VERIFY_U = (
+    Line(
+        control(MsgType.OPEN, open_json(2, "u", "bf16")),
+        (SessionOpenRequested(1, U_OPEN),),
+        edge=lambda e: e.open(U_OPEN),
+    ),
+    OPENED_LINE,
+    Line(
+        U_PROMPT,
+        (step(U_PROMPT, next_index=0),),
+        edge=lambda e: e.sessions[1].step_rows(encoded(4, 0, RowFormat.BF16), 0, 4, final=True),
+    ),
+    Line(
+        U_ROW,
+        (ResultRows(1, 1, 4, U_ROW),),
+        cloud=lambda c: c.result_rows(1, encoded(1, 9, RowFormat.BF16), 1, kv_len=4),
+    ),
+    Line(
+        UV_CHAIN,
+        (verified(UV_CHAIN, encoded(3, 4, RowFormat.BF16), (), next_index=1),),
+        edge=lambda e: e.sessions[1].verify_rows([7, 8, 9], encoded(3, 4, RowFormat.BF16), 4),
+    ),
+    Line(
+        UV_ROWS,
+        (ResultRows(1, 2, 7, UV_ROWS),),
+        cloud=lambda c: c.result_rows(1, encoded(3, 4, RowFormat.BF16), 3, kv_len=7),
+    ),
+    Line(
+        UV_NEXT,
+        (verified(UV_NEXT, encoded(1, 5, RowFormat.BF16), (), next_index=2),),
+        edge=lambda e: e.sessions[1].verify_rows([5], encoded(1, 5, RowFormat.BF16), 5, truncate=True),
+    ),
+    Line(
+        UV_ROW,
+        (ResultRows(1, 3, 6, UV_ROW),),
+        cloud=lambda c: c.result_rows(1, encoded(1, 5, RowFormat.BF16), 1, kv_len=6),
+    ),
+)
+
 # ---- offload: token ids up, a RESULT, then STREAM under a window of 4 tokens (see STREAM_LIMITS)
 
 O_OPEN = make_open(split=0)
 O_PROMPT = tensor(MsgType.STEP, ids([1, 2, 3, 4]), 4, seq=1, pos=0, flags=Flag.FINAL)
-
-
-def stream_line(first: int, tokens: list[int], pos: int, finish: str | None = None) -> Line:
-    text = ",".join(map(str, tokens))
-    end = f'"{finish}"' if finish else "null"
-    return Line(
-        control(
-            MsgType.STREAM,
-            f'{{"first_index":{first},"tokens":[{text}],"logprobs":null,"top":null,"finish":{end}}}',
-            seq=1,
-            pos=pos,
-        ),
-        (StreamTokens(1, first, tuple(tokens), finish="stop" if finish else None),),
-        cloud=lambda c: c.stream_tokens(1, tokens, finish="stop" if finish else None),
-    )
 
 
 OFFLOAD = (
@@ -379,32 +353,11 @@ BESIDE = (
 )
 
 
-# ---- ERROR, from either side
-
-BUSY = OverloadedError("no page free", code="kv_full", hint="later", retry_after_s=2.0)
-ERROR_DOWN = control(
-    MsgType.ERROR,
-    '{"kind":"overloaded","code":"kv_full","message":"no page free","hint":"later","fatal":false,'
-    '"retry_after_s":2.0,"expected_seq":1,"expected_pos":0}',
-)
-WRONG_RESULT = control(MsgType.RESULT, '{"first_index":0,"tokens":[42]}', seq=9, pos=4)
-ERROR_UP = control(
-    MsgType.ERROR,
-    '{"kind":"sequence","code":"unexpected_result","message":"RESULT for step 9, none is due",'
-    '"hint":"","fatal":false,"retry_after_s":null,"expected_seq":null,"expected_pos":null}',
-)
-
-
-@dataclass(frozen=True)
-class Transcript:
-    name: str
-    lines: tuple[Line, ...]
-    limits: Limits = LIMITS
-
-
 TRANSCRIPTS = (
     Transcript("prefix", PREFIX),
     Transcript("u-shape", U_SHAPE),
+    Transcript("verify", VERIFY),
+    Transcript("verify in the u-shape", VERIFY_U),
     Transcript("offload", OFFLOAD, Limits(stream_window_tokens=4)),
     Transcript("offer", OFFER),
     Transcript("beside", BESIDE),

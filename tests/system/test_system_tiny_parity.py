@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from isthmus.cloud.attention import StepSequence
 from isthmus.cloud.kv import BlockTable, PagePool, columns_for
+from isthmus.cloud.kv_store import StepSequence
 from isthmus.cloud.model import CloudModel
 from isthmus.splitter.checkpoint import open_checkpoint
 from isthmus.splitter.pack import Pack

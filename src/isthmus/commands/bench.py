@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -9,7 +10,7 @@ from rich.table import Table
 
 from isthmus.bench.report import Report
 from isthmus.commands.generate import BitsOption
-from isthmus.commands.output import JsonFlag, ModelOption, out, print_json
+from isthmus.commands.output import JsonFlag, ModelOption, out, print_json, progress_bar
 from isthmus.commands.setup import provide_pack
 from isthmus.config import Settings
 from isthmus.protocol.errors import ConfigError
@@ -84,7 +85,7 @@ def split(
     json: JsonFlag = False,
 ) -> None:
     """Decode speed of a split against what edge, cloud and link allow; or --memory."""
-    rtts_ms = _numbers(rtt_ms)
+    rtts_ms = _numbers("--rtt-ms", rtt_ms, "milliseconds by commas, for example 0,20,80")
     settings = Settings(
         {"model": model, "bits": bits, "precision": precision, "shape": shape, "split": split}
     )
@@ -118,11 +119,110 @@ def split(
     _print(bench_split(pack, what), as_json=json)
 
 
-def _numbers(text: str) -> tuple[float, ...]:
+@app.command()
+def cloud(
+    context: typer.Context,
+    model: ModelOption = None,
+    sessions: Annotated[
+        str, typer.Option("--sessions", help="Numbers of sessions, by commas.", metavar="N,N,…")
+    ] = "1,8,32",
+    precision: Annotated[
+        str, typer.Option("--precision", help="all, or fp32, bf16, int8, int4 by commas.")
+    ] = "all",
+    prompt_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    output_tokens: Annotated[int, typer.Option(min=1)] = 32,
+    rounds: RoundsOption = 5,
+    threads: Annotated[int | None, typer.Option("--threads", min=1, help="Compute threads.")] = None,
+    device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
+    random_weights: Annotated[
+        str | None,
+        typer.Option(
+            "--random-weights",
+            help="Instead of a model: random weights shaped as llama-3.2-1b or llama-3.1-8b, by default in "
+            "bf16 and int8 at 1, 32 and 128 sessions.",
+            metavar="SHAPE",
+        ),
+    ] = None,
+    peer: Annotated[bool, typer.Option("--peer/--no-peer", help="Compare with transformers.")] = True,
+    simulate: Annotated[
+        Path | None,
+        typer.Option(
+            "--simulate",
+            help="Instead: replay a trace of requests through the scheduler in virtual time.",
+            metavar="TRACE",
+        ),
+    ] = None,
+    requests: Annotated[int, typer.Option(min=1, help="Requests of the trace to replay.")] = 1500,
+    seed: Annotated[int, typer.Option(min=0, help="Which stretch of the trace.")] = 0,
+    loads: Annotated[str, typer.Option(help="Shares of the measured capacity, by commas.")] = "0.7,0.9",
+    json: JsonFlag = False,
+) -> None:
+    """The engine's decode speed at each precision against its floor and transformers; or --simulate."""
+    given = _given(context)
+    name = Settings({"model": model}).text("model") or ""
+    if simulate is not None:
+        _refuse(given & _MEASURED_ONLY, "with --simulate")
+        from isthmus.bench.serving import bench_serving
+
+        report = bench_serving(
+            name,
+            simulate,
+            requests=requests,
+            seed=seed,
+            precision=precision if "precision" in given else "auto",
+            loads=_numbers("--loads", loads, "shares of the capacity, for example 0.7,0.9"),
+            threads=threads,
+        )
+        _print(report, as_json=json)
+        return
+    _refuse(given & _SIMULATED_ONLY, "without --simulate")
+    if random_weights is not None:
+        _refuse(given & {"model", "peer"}, "with --random-weights")
+        sessions = sessions if "sessions" in given else "1,32,128"
+        precision = precision if "precision" in given else "bf16,int8"
+    from isthmus.bench.cloud import CloudBench, bench_cloud, parse_precisions, parse_sessions
+
+    what = CloudBench(
+        model=name,
+        random_weights=random_weights,
+        sessions=parse_sessions(sessions),
+        precisions=parse_precisions(precision),
+        prompt_tokens=prompt_tokens,
+        output_tokens=output_tokens,
+        rounds=rounds,
+        threads=threads,
+        device=device,
+        peer=peer,
+    )
+    with progress_bar() as progress:
+        report = bench_cloud(what, progress)
+    _print(report, as_json=json)
+
+
+_MEASURED_ONLY = {
+    "sessions", "prompt_tokens", "output_tokens", "rounds", "device", "random_weights", "peer",
+}  # fmt: skip
+_SIMULATED_ONLY = {"requests", "seed", "loads"}
+
+
+def _given(context: typer.Context) -> set[str]:
+    """The parameters that the command line names."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+
+
+def _refuse(names: set[str], why: str) -> None:
+    """What would not be honoured is not taken silently."""
+    if names:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(names))
+        raise ConfigError(f"{flags}: no meaning {why}", hint="leave it out")
+
+
+def _numbers(flag: str, text: str, hint: str) -> tuple[float, ...]:
     try:
         values = tuple(float(part) for part in text.split(",") if part.strip())
     except ValueError:
         values = ()
     if not values or not all(0 <= value < 10_000 for value in values):
-        raise ConfigError(f"--rtt-ms {text!r}", hint="milliseconds by commas, for example 0,20,80")
+        raise ConfigError(f"{flag} {text!r}", hint=hint)
     return values

@@ -123,7 +123,7 @@ def cloud(
         str | None, typer.Option("--device", help="auto, cpu or cuda.", metavar="DEVICE")
     ] = None,
     precision: Annotated[
-        str | None, typer.Option("--precision", help="auto, fp32, bf16 or int8.", metavar="P")
+        str | None, typer.Option("--precision", help="auto, fp32, bf16, int8 or int4.", metavar="P")
     ] = None,
     threads: ThreadsOption = None,
     api_key_file: Annotated[
