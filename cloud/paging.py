@@ -69,13 +69,7 @@ class Pager:
                 self.preempt(victim)
                 if self._has_room(entry, goal):
                     return rows
-        room = 0 if whole else self._rows_that_fit(entry, rows)
-        if room == 0 and self.pool.num_used <= entry.table.num_pages:
-            # Nobody else holds a page: only the prefix cache shares this one's, so that writing takes copies
-            # there is no room for. Letting go of them makes them reclaimable.
-            self.preempt(entry)
-            return rows if self._has_room(entry, rows) else 0
-        return room
+        return 0 if whole else self._rows_that_fit(entry, rows)
 
     def _has_room(self, entry: Entry, goal: int) -> bool:
         table, size = entry.table, self.pool.page_tokens

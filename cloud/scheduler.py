@@ -240,7 +240,10 @@ class Scheduler:
         if not step.picks:
             self._pick_one(ready, shares, step)
         retry = None if step.picks else self._pager.retry_in(now=now)
-        return Plan(tuple(step.picks.values()), tuple(preempted), tuple(step.blocked), retry)
+        if not step.picks and retry is None:
+            self._start_over(ready, step)
+        blocked = [session_id for session_id in step.blocked if session_id not in step.picks]
+        return Plan(tuple(step.picks.values()), tuple(preempted), tuple(blocked), retry)
 
     def _share(self, ready: Sequence[Entry], step: _Step) -> dict[int, int]:
         """Rows each session may compute in this step, by turn. Those not running yet are admitted."""
@@ -285,12 +288,24 @@ class Scheduler:
 
     def _pick_one(self, ready: Sequence[Entry], shares: Container[int], step: _Step) -> None:
         """All whose turn it was are blocked by pages of others: the first of these that can move does."""
-        limit = min(self.config.max_rows, self.config.max_chunk_rows)
-        for entry in ready:
-            if entry.running and entry.session_id not in shares:
-                rows = min(entry.num_pending, limit) if self.config.chunked else entry.num_pending
-                if self._pick(entry, rows, step):
-                    return
+        others = (entry for entry in ready if entry.running and entry.session_id not in shares)
+        for entry in others:
+            if self._pick(entry, self._most_rows(entry), step):
+                return
+
+    def _start_over(self, ready: Sequence[Entry], step: _Step) -> None:
+        """Not even the first can move, although nobody's pages are spared: it needs copies of pages that it
+        shares with the prefix cache, and there is no room for both. So it lets go of all it has."""
+        holders = [entry for entry in ready if entry.table.num_pages]
+        for entry in sorted(holders, key=lambda entry: not entry.running)[:1]:
+            self._pager.preempt(entry)
+            entry.running = True
+            entry.running = self._pick(entry, self._most_rows(entry), step)
+
+    def _most_rows(self, entry: Entry) -> int:
+        if not self.config.chunked:
+            return entry.num_pending
+        return min(entry.num_pending, self.config.max_chunk_rows, self.config.max_rows)
 
     def _pick(self, entry: Entry, rows: int, step: _Step, *, writable: bool = False) -> bool:
         """Picks `rows` of the entry, or as many as it gets pages for; if `writable`, it has them."""

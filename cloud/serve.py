@@ -15,6 +15,7 @@ from typing import Final
 import psutil
 import torch
 
+from isthmus.cloud.attention_cuda import varlen_obstacle
 from isthmus.cloud.auth import KeyFile, check_bind
 from isthmus.cloud.engine import Engine
 from isthmus.cloud.forward import MixedForward
@@ -23,7 +24,7 @@ from isthmus.cloud.hub import Hub
 from isthmus.cloud.kv import PagePool, columns_for
 from isthmus.cloud.model import CloudModel, parse_device
 from isthmus.cloud.precision import Choice, choose, decode_seconds, measured_or_known
-from isthmus.cloud.scheduler import Scheduler, SchedulerConfig
+from isthmus.cloud.scheduler import Policy, Scheduler, SchedulerConfig
 from isthmus.cloud.server import CloudServer, bind
 from isthmus.cloud.telemetry import Telemetry, configure_log, get_log
 from isthmus.cloud.widening import tune_widening
@@ -66,6 +67,7 @@ def run_cloud(
     port: int = 8078,
     device: str = "auto",
     precision: str = "auto",
+    policy: Policy = "fcfs",
     threads: int | None = None,
     api_key_file: str | Path | None = None,
     tls_cert: str | Path | None = None,
@@ -88,8 +90,13 @@ def run_cloud(
     # The port first: finding it taken after a minute of loading would be a poor joke.
     with bind(host, port) as listener:
         options = CloudOptions(
-            device=device, precision=precision, threads=threads, kv_mb=kv_mb, keys=keys
-        )  # fmt: skip
+            device=device,
+            precision=precision,
+            threads=threads,
+            kv_mb=kv_mb,
+            scheduler=SchedulerConfig(policy=policy),
+            keys=keys,
+        )
         pulled = pull(model)
         with open_checkpoint(pulled.path) as checkpoint:
             tokenizer = Tokenizer.from_bytes(pulled.tokenizer_json)
@@ -153,6 +160,7 @@ def prepare(checkpoint: Checkpoint, tokenizer: Tokenizer, options: CloudOptions)
     on_cuda = model.device.type == "cuda"
     graphs = tune_graphs(model, partial(decode_seconds, model, [0] * _GRAPH_TOKENS)) if on_cuda else None
     num_pages = kv_pages(model, spec, options.kv_mb)
+    obstacle = varlen_obstacle(model.device, model.precision.compute_dtype, spec.head_dim)
     log.info(
         "model_loaded",
         model=spec.base_name,
@@ -163,6 +171,8 @@ def prepare(checkpoint: Checkpoint, tokenizer: Tokenizer, options: CloudOptions)
         remarks=model.remarks,
         wide_rows=wide_rows,
         graphs=graphs,
+        attention="varlen_attn" if obstacle is None else f"gathered pages: {obstacle}",
+        policy=options.scheduler.policy,
         kv_pages=num_pages,
         kv_mb=num_pages * model.page_bytes // MIB,
         threads=torch.get_num_threads(),

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from isthmus.cloud.kv import BlockTable
-from isthmus.cloud.prefix_cache import PrefixCache
 from isthmus.cloud.scheduler import Pick, Plan, SchedulerConfig
 from tests.cloud.cloud_scheduling import LAYERS, World, served
 
@@ -198,6 +198,46 @@ def test_counts_tell_running_waiting_and_ready_sessions_apart() -> None:
     assert (scheduler.num_running, scheduler.num_waiting, scheduler.num_ready) == (1, 1, 2)
 
 
+@settings(max_examples=60)
+@given(
+    sessions=st.lists(
+        st.tuples(st.integers(0, LAYERS - 1), st.integers(1, 80), st.integers(0, 20)), min_size=1, max_size=8
+    ),
+    columns=st.integers(7, 20),
+    max_rows=st.integers(2, 64),
+    chunk=st.integers(1, 64),
+)
+def test_every_session_finishes_within_its_pages_and_budget(
+    sessions: list[tuple[int, int, int]], columns: int, max_rows: int, chunk: int
+) -> None:
+    """Sessions of (split, prompt rows, rows that follow one by one) in a pool that fits one at a time."""
+    config = SchedulerConfig(max_rows=max_rows, max_chunk_rows=chunk, idle_preempt_s=0.0)
+    world = World(pages=columns * LAYERS, config=config)
+    goals = {}
+    for number, (split, prompt, follow) in enumerate(sessions):
+        world.join(number, prompt, split=split)
+        goals[number] = prompt + follow
+    for _ in range(5000):
+        plan = world.step()
+        assert sum(pick.count for pick in plan.picks) <= max_rows
+        assert all(pick.count <= chunk or pick.count == 1 for pick in plan.picks)
+        assert len({pick.session_id for pick in plan.picks}) == len(plan.picks)
+        for pick in plan.picks:
+            entry = world.scheduler.entry(pick.session_id)
+            assert entry.num_computed == pick.start + pick.count
+            if entry.num_computed == goals[pick.session_id]:
+                world.leave(pick.session_id)
+                del goals[pick.session_id]
+            elif entry.num_pending == 0:
+                world.extend(pick.session_id)
+        if not goals:
+            break
+        assert plan.picks or plan.retry_in_s is not None
+        world.now += 1.0
+    assert not goals
+    assert world.pool.num_free == world.pool.num_pages
+
+
 # ---- unchunked: whole or not at all ------------------------------------------------------------------
 
 
@@ -244,6 +284,8 @@ def test_two_unchunked_prompts_beyond_the_budget_need_no_step_between() -> None:
 def test_a_step_of_single_rows_only_counts_as_theirs() -> None:
     world = whole(8)
     world.join(1, 1)
+    world.step()
+    world.extend(1)
     world.join(2, 50)
     assert served(world.step()) == {2: 50}
     assert served(world.step()) == {1: 1}
@@ -262,179 +304,3 @@ def test_an_unchunked_session_is_not_computed_in_part_for_lack_of_pages() -> Non
     assert world.step().blocked == (2,)
     world.now = 5.0
     assert served(world.step()) == {2: 38}
-
-
-# ---- whose pages a session may take ------------------------------------------------------------------
-
-
-def test_of_the_later_sessions_the_lowest_priority_is_preempted_first() -> None:
-    world = World(pages=LAYERS * 4)
-    world.join(1, 16)
-    world.join(2, 16, priority=-1)
-    world.join(3, 16, priority=-1)
-    world.join(4, 16)
-    world.step()
-    world.extend(1, 20)
-    assert world.step().preempted == (3, 2)
-
-
-def test_a_priority_preempts_no_earlier_session_at_work() -> None:
-    world = World(pages=LAYERS * 2)
-    world.join(1, 16)
-    world.join(2, 16, priority=9)
-    world.step()
-    world.extend(2)
-    world.extend(1)
-    plan = world.step()
-    assert plan.preempted == (2,)
-    assert served(plan) == {1: 1}
-
-
-def test_a_starting_session_preempts_none_at_work() -> None:
-    world = World(pages=LAYERS * 2, config=SchedulerConfig(idle_preempt_s=0.5))
-    world.join(1, 16)
-    world.join(2, 10)
-    world.step()
-    world.extend(2, 7)  # beyond what it announced
-    world.now = 1.0
-    # Session 1 gave way: long idle, although older. On its return it has to wait for session 2 to go.
-    assert world.step().preempted == (1,)
-    world.extend(1)
-    world.extend(2)
-    plan = world.step()
-    assert served(plan) == {2: 1}
-    assert plan.blocked == (1,)
-    world.leave(2)
-    assert served(world.step()) == {1: 17}
-
-
-def test_a_start_that_counted_on_shared_pages_preempts_nobody_for_them() -> None:
-    """Session 3 shares its page with session 2 until it writes in the very step in which 1 is to start."""
-    world = World(pages=LAYERS * 3)
-    world.join(1, prompt_rows=16)
-    world.join(2, 20)
-    world.step()
-    world.join(3, 1, table=world.tables[2].fork())
-    world.step()
-    world.scheduler.truncate(3, 10)
-    world.extend(3)
-    world.extend(1, 16)
-    plan = world.step()
-    assert served(plan) == {3: 1}
-    assert plan.blocked == (1,)
-    assert plan.preempted == ()
-    assert world.scheduler.num_waiting == 1
-
-
-def test_where_all_whose_turn_it_was_are_blocked_another_moves() -> None:
-    """Two sessions of high priority take up the budget, need pages and may not take them from the oldest."""
-    config = SchedulerConfig(max_rows=2, max_chunk_rows=2)
-    world = World(pages=LAYERS * 2 + 1, config=config)
-    world.join(1, 10)
-    world.join(2, 16, priority=1)
-    world.join(3, 16, priority=1, split=3)
-    while world.scheduler.has_work:
-        world.step()
-    for session in (1, 2, 3):
-        world.extend(session)
-    plan = world.step()
-    assert served(plan) == {1: 1}
-    assert plan.blocked == (2, 3)
-    assert plan.preempted == ()
-
-
-def cached(world: World, num_rows: int) -> PrefixCache:
-    """A prefix cache with the rows of a session that is gone, under one digest."""
-    cache = PrefixCache(world.pool)
-    table = BlockTable(world.pool, first_layer=0, num_layers=LAYERS)
-    table.ensure(num_rows)
-    table.advance(num_rows)
-    cache.register("a", [(num_rows, "digest")], table)
-    table.free_all()
-    return cache
-
-
-def adopted(world: World, cache: PrefixCache, num_rows: int) -> BlockTable:
-    match = cache.lookup("a", [(num_rows, "digest")], first_layer=0, max_tokens=num_rows)
-    assert match is not None
-    table = BlockTable(world.pool, first_layer=0, num_layers=LAYERS)
-    table.adopt(match)
-    return table
-
-
-def test_a_cached_prefix_makes_no_session_start() -> None:
-    """It waits for its admission as others do, and what it holds meanwhile is the first to go."""
-    world = World(pages=LAYERS * 5)
-    cache = cached(world, 32)
-    world.join(1, 40)
-    world.step()
-    world.join(2, 30, table=adopted(world, cache, 32))
-    assert world.scheduler.num_running == 1
-    world.extend(1)
-    plan = world.step()
-    assert served(plan) == {1: 1}
-    assert plan.blocked == (2,)
-    world.extend(1, 20)
-    plan = world.step()
-    assert plan.preempted == (2,)
-    assert served(plan) == {1: 20}
-    world.leave(1)
-    assert served(world.step()) == {2: 62}
-
-
-def test_a_cached_prefix_is_taken_over_by_the_session_that_starts_first() -> None:
-    world = World(pages=LAYERS * 4)
-    cache = cached(world, 32)
-    world.join(1, 16, table=adopted(world, cache, 32))
-    assert world.pool.num_used == LAYERS * 2
-    plan = world.step()
-    assert plan.picks == (Pick(1, 32, 16),)
-
-
-def test_dropped_while_it_had_nothing_to_do_a_cached_prefix_waits_for_the_next_row() -> None:
-    world = World(pages=LAYERS * 3)
-    cache = cached(world, 32)
-    world.join(1, table=adopted(world, cache, 32), prompt_rows=40, max_rows=48)
-    world.join(2, 48)
-    assert world.step().preempted == (1,)
-    assert world.scheduler.num_waiting == 0
-    world.leave(2)
-    world.extend(1, 8)
-    assert served(world.step()) == {1: 40}
-
-
-@pytest.mark.parametrize("chunked", [True, False])
-def test_alone_on_a_pool_full_of_its_own_cached_prefix_a_session_starts_over(chunked: bool) -> None:
-    """The last page is shared with the cache: writing to it takes a copy, and no page is left for it."""
-    world = World(pages=LAYERS * 2, config=SchedulerConfig(chunked=chunked))
-    cache = cached(world, 20)
-    world.join(1, 4, table=adopted(world, cache, 20))
-    plan = world.step()
-    assert plan.preempted == (1,)
-    assert plan.picks == (Pick(1, 0, 4),)
-    assert world.step().picks == (Pick(1, 4, 20),)
-    assert cache.num_entries == 0
-
-
-def test_alone_beside_its_cached_prefix_a_session_takes_what_fits_or_starts_over() -> None:
-    """Copies of the first column and pages for a second are twice what is left."""
-    for chunked, preempted, picks in ((True, (), (Pick(1, 1, 1),)), (False, (1,), (Pick(1, 0, 17),))):
-        world = World(pages=LAYERS * 2, config=SchedulerConfig(chunked=chunked))
-        cache = cached(world, 1)
-        world.join(1, 17, table=adopted(world, cache, 1))
-        plan = world.step()
-        assert (plan.preempted, plan.picks) == (preempted, picks)
-        world.step()
-        assert world.computed(1) == 18
-
-
-def test_shared_pages_are_copied_before_they_are_written() -> None:
-    world = World()
-    world.join(1, 20)
-    world.step()
-    world.join(2, table=world.tables[1].fork(), max_rows=30)
-    world.extend(1)
-    world.extend(2, 2)
-    world.step()
-    assert [len(copies) for copies in world.copies] == [LAYERS]
-    assert (world.tables[1].pages[:, 0] == world.tables[2].pages[:, 0]).all()

@@ -125,6 +125,12 @@ def cloud(
     precision: Annotated[
         str | None, typer.Option("--precision", help="auto, fp32, bf16, int8 or int4.", metavar="P")
     ] = None,
+    policy: Annotated[
+        str | None, typer.Option("--policy", help="Whose turn it is: fcfs or mlfq.", metavar="P")
+    ] = None,
+    kv_mb: Annotated[
+        int | None, typer.Option("--kv-mb", help="Memory for KV pages.", min=1, metavar="MB")
+    ] = None,
     threads: ThreadsOption = None,
     api_key_file: Annotated[
         str | None, typer.Option("--api-key-file", help="`label:key`, one a line.", metavar="FILE")
@@ -148,6 +154,8 @@ def cloud(
             "model": model,
             "device": device,
             "precision": precision,
+            "policy": policy,
+            "kv_mb": kv_mb,
             "threads": threads,
             "api_key_file": api_key_file,
         }
@@ -170,6 +178,8 @@ def cloud(
         port=port,
         device=settings.text("device") or "auto",
         precision=settings.text("precision") or "auto",
+        policy="mlfq" if settings.text("policy") == "mlfq" else "fcfs",
+        kv_mb=settings.number("kv_mb"),
         threads=settings.number("threads"),
         api_key_file=settings.text("api_key_file"),
         tls_cert=tls_cert,
