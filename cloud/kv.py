@@ -245,8 +245,9 @@ class BlockTable:
         shared = window[mask]
         copies, spare = new[num_fresh : num_fresh + len(shared)], new[num_fresh + len(shared) :]
         window[mask] = copies
-        pool.release(shared)
-        pool.release(spare)
+        if num_shared:
+            pool.release(shared)
+            pool.release(spare)
         self._append_columns(new[:num_fresh].reshape(self.depth, fresh_columns))
         return PageCopies(shared, copies)
 

@@ -32,12 +32,13 @@ class SchedulerConfig:
     With `chunked` off, all rows a session has are computed in one step, for comparison: `max_chunk_rows` does
     not count, and a session with more than `max_rows` runs alone in its step.
     `length_coverage` is the share of sessions that shall end by their predicted length.
+    The defaults are what served a trace best in `bench cloud --simulate` (docs/measurements.md).
     """
 
-    max_rows: int = 512
-    max_chunk_rows: int = 256
+    max_rows: int = 256
+    max_chunk_rows: int = 128
     idle_preempt_s: float = 1.0
-    policy: Policy = "fcfs"
+    policy: Policy = "mlfq"
     chunked: bool = True
     reservation: Reservation = "predicted"
     length_coverage: float = 0.8

@@ -67,7 +67,7 @@ def run_cloud(
     port: int = 8078,
     device: str = "auto",
     precision: str = "auto",
-    policy: Policy = "fcfs",
+    policy: Policy = "mlfq",
     threads: int | None = None,
     api_key_file: str | Path | None = None,
     tls_cert: str | Path | None = None,

@@ -59,7 +59,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("queue", "int", 64, "requests that may wait on the edge before it answers 429"),
     Setting("device", "str", "auto", "where the cloud computes", ("auto", "cpu", "cuda")),
     Setting("precision", "str", "auto", "weights of the cloud", ("auto", "fp32", "bf16", "int8", "int4")),
-    Setting("policy", "str", "fcfs", "whose turn it is in the cloud", ("fcfs", "mlfq")),
+    Setting("policy", "str", "mlfq", "whose turn it is in the cloud", ("fcfs", "mlfq")),
     Setting("kv_mb", "int", None, "memory for the cloud's KV pages; none given = a few full contexts"),
     Setting("max_tokens", "int", 256, "most tokens to generate"),
     Setting("temperature", "float", None, "0 = greedy; none given = what the model's makers advise"),

@@ -68,9 +68,13 @@ class Sessions(RuleBasedStateMachine):
             priority=priority,
         )
 
+    def has_seats(self) -> bool:
+        return len(self.world.tables) < 8
+
     def some_session(self, data: st.DataObject) -> int:
         return data.draw(st.sampled_from(sorted(self.world.tables)))
 
+    @precondition(lambda self: self.has_seats())
     @rule(
         split=st.integers(0, LAYERS - 1),
         rows=st.one_of(st.just(1), st.integers(0, 130)),
@@ -81,7 +85,7 @@ class Sessions(RuleBasedStateMachine):
         table = BlockTable(self.world.pool, first_layer=split, num_layers=LAYERS)
         self.join(table, rows, to_come, priority)
 
-    @precondition(lambda self: self.offers)
+    @precondition(lambda self: self.offers and self.has_seats())
     @rule(data=st.data(), rows=st.integers(0, 40), to_come=st.integers(0, 60))
     def open_with_a_cached_prefix(self, data: st.DataObject, rows: int, to_come: int) -> None:
         split, num_rows, digest = data.draw(st.sampled_from(self.offers))
@@ -91,7 +95,7 @@ class Sessions(RuleBasedStateMachine):
             table.adopt(match)
         self.join(table, rows, to_come, 0)
 
-    @precondition(lambda self: self.world.tables)
+    @precondition(lambda self: self.world.tables and self.has_seats())
     @rule(data=st.data(), to_come=st.integers(0, 60))
     def fork(self, data: st.DataObject, to_come: int) -> None:
         table = self.world.tables[self.some_session(data)]

@@ -30,7 +30,9 @@ BASELINE: Final = "fcfs"
 _NUM_MIXES: Final = 24
 _NUM_HELD_OUT: Final = 16
 
-_FCFS: Final = SchedulerConfig(policy="fcfs", chunked=True, reservation="predicted")
+_FCFS: Final = SchedulerConfig(
+    policy="fcfs", chunked=True, reservation="predicted", max_rows=512, max_chunk_rows=256
+)
 _MLFQ: Final = replace(_FCFS, policy="mlfq")
 
 SERVINGS: Final = (
@@ -39,7 +41,9 @@ SERVINGS: Final = (
     Serving("fcfs_unchunked", replace(_FCFS, chunked=False)),
     Serving("fcfs_worst_case", replace(_FCFS, reservation="worst-case")),
     Serving("fcfs_unreserved", replace(_FCFS, reservation="none")),
+    Serving("fcfs_half_chunks", replace(_FCFS, max_rows=256, max_chunk_rows=128)),
     Serving("mlfq", _MLFQ),
+    Serving("mlfq_half_chunks", replace(_MLFQ, max_rows=256, max_chunk_rows=128)),
     Serving("mlfq_unchunked", replace(_MLFQ, chunked=False)),
     Serving("mlfq_worst_case", replace(_MLFQ, reservation="worst-case")),
     Serving("mlfq_unreserved", replace(_MLFQ, reservation="none")),

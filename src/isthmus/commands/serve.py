@@ -126,7 +126,7 @@ def cloud(
         str | None, typer.Option("--precision", help="auto, fp32, bf16, int8 or int4.", metavar="P")
     ] = None,
     policy: Annotated[
-        str | None, typer.Option("--policy", help="Whose turn it is: fcfs or mlfq.", metavar="P")
+        str | None, typer.Option("--policy", help="Whose turn it is: mlfq or fcfs.", metavar="P")
     ] = None,
     kv_mb: Annotated[
         int | None, typer.Option("--kv-mb", help="Memory for KV pages.", min=1, metavar="MB")
@@ -178,7 +178,7 @@ def cloud(
         port=port,
         device=settings.text("device") or "auto",
         precision=settings.text("precision") or "auto",
-        policy="mlfq" if settings.text("policy") == "mlfq" else "fcfs",
+        policy="fcfs" if settings.text("policy") == "fcfs" else "mlfq",
         kv_mb=settings.number("kv_mb"),
         threads=settings.number("threads"),
         api_key_file=settings.text("api_key_file"),
