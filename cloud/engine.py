@@ -31,8 +31,9 @@ from isthmus.cloud.engine_session import (
 )
 from isthmus.cloud.forward import MixedForward
 from isthmus.cloud.kv import PagePool
+from isthmus.cloud.model import CloudModel
 from isthmus.cloud.prefix_cache import PrefixCache
-from isthmus.cloud.scheduler import Scheduler
+from isthmus.cloud.scheduler import Scheduler, SchedulerConfig
 
 Sink = Callable[[list[EngineOutput]], None]
 """Takes the outputs of one step, on the engine's thread: it must return at once."""
@@ -86,6 +87,21 @@ class Engine:
         self._thread: threading.Thread | None = None
         self._stopping = False
         self._retry_in_s: float | None = None
+
+    @classmethod
+    def over(
+        cls,
+        model: CloudModel,
+        num_pages: int,
+        config: SchedulerConfig | None = None,
+        *,
+        on_step: Callable[[StepRecord], None] | None = None,
+        on_bug: Callable[[BaseException], None] | None = None,
+    ) -> Engine:
+        """An engine with `num_pages` KV pages of its own."""
+        store, pool = model.new_pages(num_pages)
+        scheduler = Scheduler(pool, store.copy_pages, config)
+        return cls(MixedForward(model, store), scheduler, on_step=on_step, on_bug=on_bug)
 
     @property
     def pool(self) -> PagePool:

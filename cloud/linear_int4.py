@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from isthmus.cloud.linear_integer import WIDE_BLOCK, IntegerLinear
+from isthmus.cloud.linear_integer import WIDE_BLOCK, IntegerLinear, has_kernel
 from isthmus.quant.gguf_blocks import BLOCK, GGUFBlocks
 from isthmus.quant.schemes import FOUR_BIT_TYPES
 from isthmus.quant.search import dense_to_q4
@@ -23,10 +23,7 @@ Source = GGUFBlocks | npt.NDArray[Any]
 GROUP: Final = BLOCK
 """Columns that share a scale. The kernels take 64 to 256 too, but 32 is what GGUF's 4-bit types have."""
 
-_KERNELS: Final = {
-    "cpu": ("aten::_weight_int4pack_mm_for_cpu", "CPU"),
-    "cuda": ("aten::_weight_int4pack_mm", "CUDA"),
-}
+_KERNELS: Final = {"cpu": "aten::_weight_int4pack_mm_for_cpu", "cuda": "aten::_weight_int4pack_mm"}
 
 
 @dataclass(frozen=True)
@@ -185,7 +182,7 @@ class Int4Linear(IntegerLinear):
 def _pack(q: Tensor) -> Tensor | None:
     """uint8[out, in] → what the device's kernel reads, or None where it has none."""
     device = q.device.type
-    if device not in _KERNELS or not torch._C._dispatch_has_kernel_for_dispatch_key(*_KERNELS[device]):
+    if device not in _KERNELS or not has_kernel(_KERNELS[device], q.device):
         return None
     packed: Tensor
     if device == "cpu":

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from isthmus.cloud.linear_integer import WIDE_BLOCK, IntegerLinear
+from isthmus.cloud.linear_integer import WIDE_BLOCK, IntegerLinear, has_kernel
 from isthmus.quant.schemes import int8_per_channel
 
 _WEIGHTS_AT_ONCE: Final = 1 << 17
@@ -24,11 +24,7 @@ class Int8Linear(IntegerLinear):
     default_wide_rows = 20
 
     def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
-        key = {"cpu": "CPU", "cuda": "CUDA"}.get(weight.device.type)
-        has_kernel = key is not None and bool(
-            torch._C._dispatch_has_kernel_for_dispatch_key("aten::_weight_int8pack_mm", key)
-        )
-        super().__init__(bias, has_kernel=has_kernel)
+        super().__init__(bias, has_kernel=has_kernel("aten::_weight_int8pack_mm", weight.device))
         self.weight = weight
         self.scale = scale
 

@@ -13,6 +13,12 @@ WIDE_BLOCK: Final = 1 << 21
 (49152x576) at 32 rows takes 40 ms in one go, 11 ms in blocks of this size."""
 
 
+def has_kernel(operator: str, device: torch.device) -> bool:
+    """Whether torch can run `operator` ("aten::…") on the device."""
+    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device.type)
+    return key is not None and bool(torch._C._dispatch_has_kernel_for_dispatch_key(operator, key))
+
+
 class IntegerLinear(ABC):
     """Integer weights [out, in] with bf16 activations.
 

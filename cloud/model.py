@@ -160,7 +160,7 @@ class CloudModel:
         return [*(linear for layer in self._layers for linear in layer.linears), self._head]
 
     def new_store(self, num_pages: int) -> KVStore:
-        """Storage for `num_pages` pages in this model's compute dtype; give its `zero_pages` to the pool."""
+        """Storage for `num_pages` pages in this model's compute dtype; see `new_pages`."""
         return KVStore(
             num_pages,
             num_kv_heads=self.spec.num_kv_heads,
@@ -168,6 +168,11 @@ class CloudModel:
             dtype=self.precision.compute_dtype,
             device=self.device,
         )
+
+    def new_pages(self, num_pages: int) -> tuple[KVStore, PagePool]:
+        """`new_store`, and the pool that hands its pages out zeroed."""
+        store = self.new_store(num_pages)
+        return store, PagePool(num_pages, on_alloc=store.zero_pages)
 
     @property
     def page_bytes(self) -> int:
@@ -312,10 +317,8 @@ def parse_device(name: str) -> torch.device:
 
 def model_logits(model: CloudModel, ids: Sequence[int]) -> F32:
     """Logits f32[n, vocab] of every position of one sequence, run from layer 0 in one chunk."""
-    store = model.new_store(model.spec.num_layers * columns_for(len(ids)))
-    table = BlockTable(
-        PagePool(store.num_pages, on_alloc=store.zero_pages), first_layer=0, num_layers=model.spec.num_layers
-    )
+    store, pool = model.new_pages(model.spec.num_layers * columns_for(len(ids)))
+    table = BlockTable(pool, first_layer=0, num_layers=model.spec.num_layers)
     store.copy_pages(table.ensure(len(ids)))
     batch = model.prepare(store, [StepSequence(table, len(ids))])
     logits: F32 = model.head(model.run(batch, [model.embed(ids)])).float().cpu().numpy()

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 
 from isthmus.cloud.cpu_watch import CpuWatch, too_busy_to_time
-from isthmus.cloud.kv import BlockTable, PagePool, columns_for
+from isthmus.cloud.kv import BlockTable, columns_for
 from isthmus.cloud.kv_store import StepSequence
 from isthmus.cloud.linear import Precision
 from isthmus.cloud.model import CloudModel, model_logits, parse_device
@@ -177,8 +177,7 @@ def decode_seconds(model: CloudModel, prompt: Sequence[int], num_sessions: int =
     """Seconds of one decode step of `num_sessions` sessions over all layers and the head, after `prompt`: the
     fastest of a few, since other work on the machine only ever adds."""
     num_layers, total = model.spec.num_layers, len(prompt) + _DECODE_STEPS
-    store = model.new_store(num_sessions * num_layers * columns_for(total))
-    pool = PagePool(store.num_pages, on_alloc=store.zero_pages)
+    store, pool = model.new_pages(num_sessions * num_layers * columns_for(total))
     tables = [BlockTable(pool, first_layer=0, num_layers=num_layers) for _ in range(num_sessions)]
     for table in tables:
         store.copy_pages(table.ensure(total))

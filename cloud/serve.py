@@ -18,13 +18,12 @@ import torch
 from isthmus.cloud.attention_cuda import varlen_obstacle
 from isthmus.cloud.auth import KeyFile, check_bind
 from isthmus.cloud.engine import Engine
-from isthmus.cloud.forward import MixedForward
 from isthmus.cloud.graphs import tune_graphs
 from isthmus.cloud.hub import Hub
-from isthmus.cloud.kv import PagePool, columns_for
+from isthmus.cloud.kv import columns_for
 from isthmus.cloud.model import CloudModel, parse_device
 from isthmus.cloud.precision import Choice, choose, decode_seconds, measured_or_known
-from isthmus.cloud.scheduler import Policy, Scheduler, SchedulerConfig
+from isthmus.cloud.scheduler import Policy, SchedulerConfig
 from isthmus.cloud.server import CloudServer, bind
 from isthmus.cloud.telemetry import Telemetry, configure_log, get_log
 from isthmus.cloud.widening import tune_widening
@@ -222,17 +221,12 @@ def make_hub(prepared: Prepared) -> Hub:
     options, model = prepared.options, prepared.model
     log = get_log()
     telemetry = Telemetry()
-    store = model.new_store(prepared.num_pages)
-    pool = PagePool(prepared.num_pages, on_alloc=store.zero_pages)
 
     def report(error: BaseException) -> None:
         log.error("engine_bug", exc_info=error)
 
-    engine = Engine(
-        MixedForward(model, store),
-        Scheduler(pool, store.copy_pages, options.scheduler),
-        on_step=telemetry.on_step,
-        on_bug=report,
+    engine = Engine.over(
+        model, prepared.num_pages, options.scheduler, on_step=telemetry.on_step, on_bug=report
     )
     telemetry.watch(engine)
     limits = replace(options.limits, max_tokens_per_session=prepared.info.context_length)

@@ -15,10 +15,8 @@ from typing import Literal, Self, TypeAlias
 
 from isthmus.cloud.engine import Engine
 from isthmus.cloud.engine_session import EngineOpen, EngineOutput, Failed, Hidden, Ids, Rows, Tokens
-from isthmus.cloud.forward import MixedForward
-from isthmus.cloud.kv import PagePool, columns_for
+from isthmus.cloud.kv import columns_for
 from isthmus.cloud.model import CloudModel
-from isthmus.cloud.scheduler import Scheduler
 from isthmus.protocol.errors import IsthmusError
 
 Shape: TypeAlias = Literal["prefix", "u"]
@@ -111,9 +109,7 @@ class CloudRig:
         self.output_tokens = output_tokens
         self.max_context = prompt_tokens + output_tokens + 1
         pages = (max_whole_sessions + 1) * model.spec.num_layers * columns_for(self.max_context)
-        store = model.new_store(pages)
-        pool = PagePool(pages, on_alloc=store.zero_pages)
-        self.engine = Engine(MixedForward(model, store), Scheduler(pool, store.copy_pages), on_bug=_raise)
+        self.engine = Engine.over(model, pages, on_bug=_raise)
         self.fleets: list[Fleet] = []
 
     def fleet(self, splits: Sequence[int], *, shape: Shape = "prefix", together: bool = True) -> Fleet:

@@ -65,9 +65,6 @@ def main() -> None:
 def _engine(model: str, precision: str, threads: int | None) -> Engine:
     """An engine as `isthmus serve cloud` makes it, driven by hand."""
     from isthmus.cloud.engine import Engine
-    from isthmus.cloud.forward import MixedForward
-    from isthmus.cloud.kv import PagePool
-    from isthmus.cloud.scheduler import Scheduler
     from isthmus.cloud.serve import CloudOptions, prepare
     from isthmus.cloud.telemetry import configure_log
     from isthmus.splitter.checkpoint import open_checkpoint
@@ -79,9 +76,7 @@ def _engine(model: str, precision: str, threads: int | None) -> Engine:
     with open_checkpoint(pulled.path) as checkpoint:
         options = CloudOptions(precision=precision, threads=threads)
         prepared = prepare(checkpoint, Tokenizer.from_bytes(pulled.tokenizer_json), options)
-    store = prepared.model.new_store(prepared.num_pages)
-    pool = PagePool(prepared.num_pages, on_alloc=store.zero_pages)
-    return Engine(MixedForward(prepared.model, store), Scheduler(pool, store.copy_pages))
+    return Engine.over(prepared.model, prepared.num_pages)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from isthmus.bench.cloud_fleet import EdgeInputs
 from isthmus.bench.cloud_peer import TransformersPeer
 from isthmus.bench.random_weights import RandomCheckpoint, shape_named
 from isthmus.cloud.forward import MixedForward
-from isthmus.cloud.kv import BlockTable, PagePool, columns_for
+from isthmus.cloud.kv import BlockTable, columns_for
 from isthmus.cloud.linear import Precision
 from isthmus.cloud.model import CloudModel, model_logits
 from isthmus.cloud.precision import MAX_MEASURED_WEIGHTS, num_weights, sample_ids
@@ -113,9 +113,8 @@ def edge_inputs(model: CloudModel, texts: Sequence[NDArray[np.int64]]) -> EdgeIn
     """The rows of each text at every boundary, computed by `model`."""
     num_layers = model.spec.num_layers
     pages = num_layers * columns_for(max(len(ids) for ids in texts))
-    store = model.new_store(pages)
+    store, pool = model.new_pages(pages)
     forward = MixedForward(model, store)
-    pool = PagePool(pages, on_alloc=store.zero_pages)
     rows = []
     for ids in texts:
         table = BlockTable(pool, first_layer=0, num_layers=num_layers)

@@ -238,16 +238,11 @@ def measure_cloud(model: str, *, precision: str, threads: int | None, seed: int)
 
     from isthmus.cloud.cpu_watch import CpuWatch
     from isthmus.cloud.engine import Engine
-    from isthmus.cloud.forward import MixedForward
-    from isthmus.cloud.kv import PagePool
-    from isthmus.cloud.scheduler import Scheduler
 
     prepared = _prepare(model, precision, threads)
-    store = prepared.model.new_store(prepared.num_pages)
-    pool = PagePool(prepared.num_pages, on_alloc=store.zero_pages)
     # The probe says what a step runs: the scheduler is to take all of it.
     config = SchedulerConfig(max_rows=2**20, max_chunk_rows=2**20, reservation="none")
-    engine = Engine(MixedForward(prepared.model, store), Scheduler(pool, store.copy_pages, config))
+    engine = Engine.over(prepared.model, prepared.num_pages, config)
     probe = StepProbe(engine, seed=seed)
     probe.measure(probe.grid()[:3])  # warms up
     watch = CpuWatch(torch.get_num_threads())
