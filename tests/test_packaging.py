@@ -27,7 +27,7 @@ def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def expected_files() -> set[str]:
     names = {f"isthmus/{f.relative_to(ROOT / 'src/isthmus')}" for f in (ROOT / "src/isthmus").glob("*.py")}
-    for folder in ("commands", "bench"):
+    for folder in ("commands", "bench", "relay"):
         files = (ROOT / "src/isthmus" / folder).rglob("*.py")
         names |= {f"isthmus/{f.relative_to(ROOT / 'src/isthmus')}" for f in files}
     for floor in FLOORS:

@@ -4,40 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
 
 import pytest
 
 from isthmus.protocol.errors import ConfigError
 from isthmus.relay import LinkShape, Relay, parse_address
-
-Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
-
-
-async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    while data := await reader.read(65536):
-        writer.write(data)
-        await writer.drain()
-    writer.close()
-
-
-@asynccontextmanager
-async def relayed(shape: LinkShape, handler: Handler = echo) -> AsyncIterator[tuple[str, int]]:
-    server = await asyncio.start_server(handler, "127.0.0.1", 0)
-    target = server.sockets[0].getsockname()[:2]
-    relay = Relay(("127.0.0.1", 0), (target[0], target[1]), shape, seed=1)
-    try:
-        yield await relay.start()
-    finally:
-        await relay.aclose()
-        server.close()
+from tests.cli.relaying import relayed
 
 
 async def test_bytes_come_back_in_order_under_jitter() -> None:
     payload = bytes(range(256)) * 1024
-    async with relayed(LinkShape(rtt_ms=4, jitter_ms=6)) as address:
-        reader, writer = await asyncio.open_connection(*address)
+    async with relayed(LinkShape(rtt_ms=4, jitter_ms=6)) as relay:
+        reader, writer = await asyncio.open_connection(*relay.listen)
         writer.write(payload)
         assert await reader.readexactly(len(payload)) == payload
         writer.close()
@@ -45,8 +23,8 @@ async def test_bytes_come_back_in_order_under_jitter() -> None:
 
 
 async def test_a_round_trip_takes_at_least_the_rtt() -> None:
-    async with relayed(LinkShape(rtt_ms=60)) as address:
-        reader, writer = await asyncio.open_connection(*address)
+    async with relayed(LinkShape(rtt_ms=60)) as relay:
+        reader, writer = await asyncio.open_connection(*relay.listen)
         started = time.perf_counter()
         writer.write(b"x")
         await reader.readexactly(1)
@@ -57,8 +35,8 @@ async def test_a_round_trip_takes_at_least_the_rtt() -> None:
 
 async def test_bandwidth_bounds_a_transfer_from_below() -> None:
     size = 250_000  # 2 Mbit at 20 Mbit/s: never under 0.1 s
-    async with relayed(LinkShape(up_mbps=20)) as address:
-        reader, writer = await asyncio.open_connection(*address)
+    async with relayed(LinkShape(up_mbps=20)) as relay:
+        reader, writer = await asyncio.open_connection(*relay.listen)
         started = time.perf_counter()
         writer.write(b"y" * size)
         await reader.readexactly(size)
@@ -72,8 +50,8 @@ async def test_a_target_that_hangs_up_is_seen_by_the_client() -> None:
         await reader.read(1)
         writer.close()
 
-    async with relayed(LinkShape(), hang_up) as address:
-        reader, writer = await asyncio.open_connection(*address)
+    async with relayed(LinkShape(), hang_up) as relay:
+        reader, writer = await asyncio.open_connection(*relay.listen)
         writer.write(b"z")
         assert await reader.read() == b""
         writer.close()

@@ -1,16 +1,17 @@
-"""`isthmus relay`: a slow link between two processes, for trying and testing."""
+"""`isthmus relay`: a slow, faulty or recorded link between two processes, for trying and testing."""
 
 from __future__ import annotations
 
 import asyncio
 import selectors
 import signal
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from isthmus.commands.output import JsonFlag, out, print_json
-from isthmus.relay import LinkShape, Relay, parse_address
+from isthmus.relay import FaultScript, Happened, LinkShape, Relay, Trace, parse_address
 
 
 def relay(
@@ -24,12 +25,38 @@ def relay(
     down_mbps: Annotated[
         float, typer.Option(help="Bandwidth from the target in Mbit/s; 0 = no limit.")
     ] = 0.0,
-    seed: Annotated[int, typer.Option(help="Seed of the jitter.")] = 0,
+    trace: Annotated[
+        str | None,
+        typer.Option(
+            "--trace",
+            help="Bandwidth over time from PREFIX.up and PREFIX.down: Mahimahi's format, one millisecond per "
+            "line at which 1500 bytes may pass.",
+            metavar="PREFIX",
+        ),
+    ] = None,
+    faults: Annotated[
+        Path | None,
+        typer.Option(
+            "--faults",
+            help="What goes wrong, one fault per line, for example `after 2.5: stall 1.5`, "
+            "`every 3..8: one of cut, half-open, refuse 2`, `at byte 5000 up: cut`, "
+            "`at message 7 down: stall 1`, `after 0: slice 1`.",
+            metavar="SCRIPT",
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the jitter and of the faults.")] = 0,
     json: JsonFlag = False,
 ) -> None:
-    """Pass TCP connections on through an emulated slow link, until interrupted."""
-    shape = LinkShape(rtt_ms=rtt_ms, jitter_ms=jitter_ms, up_mbps=up_mbps, down_mbps=down_mbps)
-    line = Relay(parse_address(listen, what="LISTEN"), parse_address(target, what="TARGET"), shape, seed=seed)
+    """Pass TCP connections on through an emulated link, until interrupted. Faults are told on stderr."""
+    line = Relay(
+        parse_address(listen, what="LISTEN"),
+        parse_address(target, what="TARGET"),
+        LinkShape(rtt_ms=rtt_ms, jitter_ms=jitter_ms, up_mbps=up_mbps, down_mbps=down_mbps),
+        seed=seed,
+        trace=None if trace is None else Trace.load(trace),
+        script=None if faults is None else FaultScript.load(faults),
+    )
+    line.faults.on_fault = _tell
 
     async def serve() -> None:
         host, port = await line.start()
@@ -46,3 +73,8 @@ def relay(
     # select() waits to the microsecond; the default loop's epoll rounds every delay up to a millisecond.
     with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(selectors.SelectSelector())) as runner:
         runner.run(serve())
+
+
+def _tell(happened: Happened) -> None:
+    where = "" if happened.connection is None else f" connection {happened.connection}"
+    typer.echo(f"fault at {happened.at_s:.3f} s: {happened.fault}{where}", err=True)
