@@ -1,78 +1,31 @@
 """From chat messages to token ids: the model's own template in an immutable sandbox, user text kept inert.
 
-A template is input from a stranger (BAD_INPUTS.md): it cannot reach Python's internals, loop without end
-or build huge strings. User text is input from a stranger too: control tokens written in it stay text.
+Template and user text are input from strangers: the one runs in a sandbox (template_sandbox.py), and control
+tokens written in the other stay text.
 """
 
 from __future__ import annotations
 
-import json
 import re
 import secrets
-from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import Template, TemplateError
 from jinja2.exceptions import SecurityError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from isthmus.edge.template_sandbox import MAX_CHARS, TemplateSandbox, budgeted_range
 from isthmus.protocol.errors import RequestError
 
 if TYPE_CHECKING:
     from isthmus.splitter.pack import Pack
     from isthmus.splitter.tokenizer import Tokenizer
 
-# A template may step through ranges of this many numbers in all, and its text may be this long. The longest
-# honest templates (tools, several rounds) stay two orders of magnitude below both.
-MAX_RANGE_STEPS = 100_000
-MAX_RENDERED_CHARS = 16 * 1024 * 1024
-
 Message = Mapping[str, Any]
 
-
-class _Environment(ImmutableSandboxedEnvironment):
-    """Jinja's immutable sandbox without the operators that multiply strings."""
-
-    intercepted_binops = frozenset(["*", "**"])
-
-    def __init__(self) -> None:
-        # The options transformers renders chat templates with.
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-        self.globals["raise_exception"] = _raise
-        self.globals["strftime_now"] = lambda fmt: datetime.now().astimezone().strftime(str(fmt))
-        self.filters["tojson"] = _to_json
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        if operator == "**" or not (isinstance(left, int | float) and isinstance(right, int | float)):
-            raise SecurityError(
-                f"the template uses {operator} on {type(left).__name__} and {type(right).__name__}"
-            )
-        return super().call_binop(context, operator, left, right)
-
-
-def _budgeted_range() -> Callable[..., range]:
-    """`range` for one rendering, with MAX_RANGE_STEPS numbers to give out."""
-    left = MAX_RANGE_STEPS
-
-    def budgeted(*args: int) -> range:
-        nonlocal left
-        steps = range(*args)
-        left -= len(steps) if abs(steps.stop - steps.start) < 1 << 62 else MAX_RANGE_STEPS + 1
-        if left < 0:
-            raise SecurityError(f"the template loops over more than {MAX_RANGE_STEPS} numbers")
-        return steps
-
-    return budgeted
-
-
-def _raise(message: str) -> None:
-    raise TemplateError(message)
-
-
-def _to_json(value: Any, indent: int | None = None, **_: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+# What a template, or the messages it is given, may raise.
+_REFUSALS = (TemplateError, TypeError, ValueError, KeyError, OverflowError, RecursionError, MemoryError)
 
 
 class ChatTemplate:
@@ -150,14 +103,14 @@ class ChatTemplate:
             for part in self._template.generate(
                 messages=list(messages),
                 add_generation_prompt=True,
-                range=_budgeted_range(),
+                range=budgeted_range(),
                 **self.tokenizer.template_tokens,
             ):
                 parts.append(part)
                 length += len(part)
-                if length > MAX_RENDERED_CHARS:
-                    raise SecurityError(f"the template's text is longer than {MAX_RENDERED_CHARS} characters")
-        except (TemplateError, TypeError, ValueError, KeyError, OverflowError, RecursionError) as error:
+                if length > MAX_CHARS:
+                    raise SecurityError(f"the template's text is longer than {MAX_CHARS} characters")
+        except _REFUSALS as error:
             raise RequestError(
                 f"the model's chat template refuses these messages: {error}",
                 code="bad_messages",
@@ -173,7 +126,7 @@ class ChatTemplate:
                 code="no_chat_template",
                 hint="use /v1/completions or run --raw",
             )
-        return _Environment().from_string(self.source)
+        return TemplateSandbox().from_string(self.source)
 
 
 def _any_of(names: Any) -> re.Pattern[str]:
