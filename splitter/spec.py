@@ -19,6 +19,9 @@ __all__ = ["FAMILIES", "ModelSpec", "RopeScaling"]
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
+# Names and shapes are listed per layer before any file is looked at; the deepest model known has 126.
+MAX_LAYERS = 1024
+
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
@@ -59,6 +62,10 @@ class ModelSpec:
             # 2**31 keeps every later product of two sizes inside 64 bits.
             if not 0 < value < 2**31:
                 raise ModelFileError(f"model config: {name} = {value}, not in 1..{2**31 - 1}")
+        if self.num_layers > MAX_LAYERS:
+            raise ModelFileError(
+                f"model config: num_layers = {self.num_layers}, at most {MAX_LAYERS} allowed"
+            )
         if self.num_heads % self.num_kv_heads:
             raise ModelFileError(
                 f"model config: {self.num_heads} attention heads are not a multiple of "

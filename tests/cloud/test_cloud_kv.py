@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from isthmus.cloud.kv import PAGE_TOKENS, BlockTable, PagePool, columns_for
+from isthmus.cloud.prefix_cache import PrefixMatch
 from isthmus.protocol.errors import IsthmusError, OverloadedError, SequenceError
 
 NUM_LAYERS = 6
@@ -162,3 +163,60 @@ def test_check_finds_a_leak() -> None:
     pool._held[pages] = 0
     with pytest.raises(IsthmusError, match="0 pages in use, 2 of 4 free"):
         pool.check()
+
+
+def test_check_finds_a_page_that_is_free_twice() -> None:
+    pool = PagePool(4)
+    pool._stack[0] = pool._stack[1]
+    with pytest.raises(IsthmusError, match="free stack twice"):
+        pool.check()
+
+
+def test_check_finds_a_free_page_that_is_referred_to() -> None:
+    pool = PagePool(4)
+    pool._held[pool._stack[0]] = 1
+    with pytest.raises(IsthmusError, match="a free page is referred to"):
+        pool.check()
+
+
+def test_check_finds_a_wrong_count_of_cached_pages() -> None:
+    pool = PagePool(4)
+    pages = pool.alloc(1)
+    pool.keep(pages)
+    pool.check()
+    pool.num_cached += 1
+    with pytest.raises(IsthmusError, match="count of cached pages"):
+        pool.check()
+
+
+def test_a_reclaimer_that_frees_too_little_is_caught() -> None:
+    pool = PagePool(4)
+    pages = pool.alloc(4)
+    pool.keep(pages)
+    pool.release(pages)
+    pool.set_reclaimer(lambda _num: 0)
+    with pytest.raises(IsthmusError, match="1 pages asked, 0 free after reclaiming") as caught:
+        pool.alloc(1)
+    assert caught.value.code == "kv_invariant"
+
+
+def test_only_an_empty_table_of_the_right_depth_adopts_a_prefix() -> None:
+    pool = PagePool(10)
+    table = BlockTable(pool, first_layer=0, num_layers=2)
+    match = PrefixMatch(16, np.zeros((3, 1), np.int32))
+    with pytest.raises(IsthmusError, match="3 layers, table of 2"):
+        table.adopt(match)
+    grow(table, 1)
+    with pytest.raises(IsthmusError, match="only an empty block table"):
+        table.adopt(match)
+
+
+def test_a_table_grows_beyond_its_first_room() -> None:
+    pool = PagePool(400)
+    table = BlockTable(pool, first_layer=0, num_layers=2)
+    for _ in range(100):
+        before = table.pages.copy()
+        grow(table, PAGE_TOKENS)
+        assert np.array_equal(table.pages[:, :-1], before)
+    assert table.num_pages == 200
+    pool.check()

@@ -278,15 +278,6 @@ def test_damage_is_named(data: bytes, error: type[Exception], match: str, tmp_pa
         GGUFFile(path)
 
 
-def test_cut_short_anywhere(tiny_file: Path, tmp_path: Path) -> None:
-    data = tiny_file.read_bytes()
-    path = tmp_path / "x.gguf"
-    for length in [*range(0, 2000, 61), *range(2000, len(data), 4999), len(data) - 65]:
-        path.write_bytes(data[:length])
-        with pytest.raises(ModelFileError):
-            open_checkpoint(path)
-
-
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(flips=st.lists(st.tuples(st.integers(0, 14000), st.integers(1, 255)), min_size=1, max_size=4))
 def test_flipped_bytes_in_the_header_never_escape_the_error_tree(

@@ -18,7 +18,6 @@ from isthmus.splitter.blocks import block_names
 from isthmus.splitter.manifest import ALIGNMENT
 from isthmus.splitter.pack import Pack
 from tests.splitter.packs import tiny_pack
-from tests.splitter.test_splitter_graph_check import EXTERNAL, field
 
 
 @pytest.fixture
@@ -106,14 +105,6 @@ def test_a_flipped_bit_in_the_embedding_also_stops_a_tied_head(tmp_path: Path) -
         Pack.open(copy).graph_bytes("head")
 
 
-@pytest.mark.parametrize("name", ["blocks/layer.2.onnx", "tokenizer.json", "chat_template.jinja"])
-def test_a_flipped_bit_in_a_side_file_is_found(copy: Path, name: str) -> None:
-    flip(copy / name, 40)
-    with pytest.raises(ModelFileError, match=name) as caught:
-        Pack.open(copy, verify=True)
-    assert caught.value.code == "hash_mismatch"
-
-
 def test_weights_cut_short_are_found_at_opening(copy: Path) -> None:
     size = (copy / "weights.bin").stat().st_size
     with open(copy / "weights.bin", "r+b") as handle:
@@ -137,14 +128,6 @@ def test_a_missing_file_is_named(copy: Path, name: str) -> None:
     (copy / name).unlink()
     with pytest.raises(ModelFileError, match=name):
         Pack.open(copy)
-
-
-@pytest.mark.parametrize("version", [0, 2, "1", None])
-def test_another_format_is_refused(copy: Path, version: object) -> None:
-    edit_manifest(copy, lambda manifest: manifest.update(format=version))
-    with pytest.raises(ModelFileError, match="reads format 1") as caught:
-        Pack.open(copy)
-    assert caught.value.code == "pack_version"
 
 
 def test_a_cut_manifest_is_refused(copy: Path) -> None:
@@ -204,7 +187,8 @@ def set_graph(path: str) -> Callable[[dict[str, Any]], None]:
         (lambda m: m["files"].pop("tokenizer.json"), "bad_pack"),
         (lambda m: m["identity"].pop("tokenizer_hash"), "bad_pack"),
         (lambda m: m.update(surprise=1), "bad_pack"),
-        (lambda m: m["spec"].update(num_layers=10**9), "bad_pack"),
+        (lambda m: m["spec"].update(num_layers=1000), "bad_pack"),
+        (lambda m: m["spec"].update(num_layers=10**9), "bad_model_file"),
     ],
 )
 def test_a_forged_manifest_is_refused(
@@ -214,23 +198,6 @@ def test_a_forged_manifest_is_refused(
     with pytest.raises(ModelFileError) as caught:
         Pack.open(copy)
     assert caught.value.code == code
-
-
-@pytest.mark.parametrize("name", ["weights.bin", "blocks/layer.1.onnx", "tokenizer.json"])
-def test_a_link_out_of_the_pack_is_refused(copy: Path, tmp_path: Path, name: str) -> None:
-    outside = tmp_path / "outside"
-    (copy / name).rename(outside)
-    (copy / name).symlink_to(outside)
-    with pytest.raises(ModelFileError, match="outside the pack") as caught:
-        Pack.open(copy, verify=True)
-    assert caught.value.code == "path_outside_pack"
-
-
-def test_a_forged_graph_that_names_another_file_is_refused(copy: Path) -> None:
-    replace_graph(copy, field(7, field(5, EXTERNAL)))
-    with pytest.raises(ModelFileError, match="secret") as caught:
-        Pack.open(copy).graph_bytes("layer.1")
-    assert caught.value.code == "path_outside_pack"
 
 
 def test_a_graph_that_reads_another_blocks_bytes_is_refused(copy: Path) -> None:
