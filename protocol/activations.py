@@ -126,12 +126,16 @@ class RowCodec:
 
         CodecError for another shape, and for NaN, infinities or values beyond `MAX_ABS`.
         """
-        raw = self.encode_raw(rows).tobytes()
-        if self.zstd and len(rows) >= _MIN_ROWS_TO_COMPRESS:
-            body = compress(raw)
-            if len(body) < len(raw):
-                return Encoded(body, self.dtype, Codec.ZSTD, len(raw))
-        return Encoded(raw, self.dtype, Codec.NONE, len(raw))
+        return self.pack(self.encode_raw(rows))
+
+    def pack(self, raw: NDArray[np.uint8]) -> Encoded:
+        """Rows as `encode_raw` gives them, uint8[n >= 1, row_bytes], as a body."""
+        whole = raw.tobytes()
+        if self.zstd and len(raw) >= _MIN_ROWS_TO_COMPRESS:
+            body = compress(whole)
+            if len(body) < len(whole):
+                return Encoded(body, self.dtype, Codec.ZSTD, len(whole))
+        return Encoded(whole, self.dtype, Codec.NONE, len(whole))
 
     def encode_raw(self, rows: F32Rows) -> NDArray[np.uint8]:
         """The rows before compression, uint8[n, row_bytes]: what digests are taken over."""
@@ -179,6 +183,13 @@ class RowCodec:
         caller's limit on the uncompressed body. CodecError for everything that doesn't fit: dtype, sizes,
         compression, NaN or infinite values, scales that are zero, negative, subnormal, NaN or too large.
         """
+        return self.decode_raw(
+            self._unpack(body, n_tok=n_tok, dtype=dtype, codec=codec, raw_len=raw_len, max_raw=max_raw)
+        )
+
+    def _unpack(
+        self, body: bytes, *, n_tok: int, dtype: Dtype, codec: Codec, raw_len: int, max_raw: int
+    ) -> NDArray[np.uint8]:
         if dtype is not self.dtype:
             message = f"rows of dtype {dtype.name}, negotiated was {self.dtype.name}"
             raise CodecError(message, code="bad_dtype")
@@ -194,7 +205,10 @@ class RowCodec:
             body = decompress(body, expected=raw_len)
         elif len(body) != raw_len:
             raise CodecError(f"body of {len(body)} bytes, the frame declares {raw_len}", code="bad_length")
-        raw = np.frombuffer(body, np.uint8).reshape(n_tok, self.row_bytes)
+        return np.frombuffer(body, np.uint8).reshape(n_tok, self.row_bytes)
+
+    def decode_raw(self, raw: NDArray[np.uint8]) -> F32Rows:
+        """The rows f32[n, hidden] of `unpack`'s bytes; CodecError for values that `decode` refuses."""
         if self.format is RowFormat.INT8:
             return self._decode_int8(raw)
         if self.format is RowFormat.F32:
@@ -221,9 +235,10 @@ class RowCodec:
             rows[:, self._channels] += large
         return rows
 
-    def decode_frame(self, frame: Frame, *, max_raw: int) -> F32Rows:
-        """`decode` of a parsed frame's body."""
-        return self.decode(
+    def unpack(self, frame: Frame, *, max_raw: int) -> NDArray[np.uint8]:
+        """A parsed frame's rows before decoding, uint8[n_tok, row_bytes]: what digests are taken over.
+        CodecError for a dtype, a size or a compression that doesn't fit."""
+        return self._unpack(
             frame.body,
             n_tok=frame.n_tok,
             dtype=frame.dtype,
@@ -231,6 +246,10 @@ class RowCodec:
             raw_len=frame.raw_len,
             max_raw=max_raw,
         )
+
+    def decode_frame(self, frame: Frame, *, max_raw: int) -> F32Rows:
+        """`decode` of a parsed frame's body."""
+        return self.decode_raw(self.unpack(frame, max_raw=max_raw))
 
 
 def _check_values(values: F32Rows) -> None:

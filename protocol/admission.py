@@ -79,9 +79,11 @@ def _check_context_ids(request: Open, terms: Welcome) -> None:
             code="context_ids_refused",
             hint="token ids leave the device only where the request depends on it",
         )
-    if len(ids) != request.prompt_tokens:
+    if not 0 <= len(ids) - request.prompt_tokens < request.max_tokens:
         raise RequestError(
-            f"{len(ids)} context ids for a prompt of {request.prompt_tokens} tokens", code="bad_context_ids"
+            f"{len(ids)} context ids for a prompt of {request.prompt_tokens} tokens and at most "
+            f"{request.max_tokens} new ones",
+            code="bad_context_ids",
         )
     if max(ids) >= terms.vocab_size:
         raise RequestError(
@@ -123,13 +125,14 @@ def check_step(
     credits: int,
     max_rows: int,
     drafts: Sequence[int] = (),
+    begins_at: int | None = None,
 ) -> None:
     """A STEP or VERIFY in its order, against the session as it stands.
 
     `kv_len` rows are in the KV, `credits` more may be sent, `max_rows` in one step. Of a VERIFY, `frame`
-    holds the rows and `drafts` the ids (drafts.py). SequenceError for position, flow, flags and drafts,
-    FrameError for size, CodecError for the body. Nothing is changed: the caller commits seq and kv_len
-    together afterwards.
+    holds the rows and `drafts` the ids (drafts.py). `begins_at` is `first_due` until there was an output.
+    SequenceError for position, flow, flags and drafts, FrameError for size, CodecError for the body. Nothing
+    is changed: the caller commits seq and kv_len together afterwards.
     """
     if frame.n_tok > max_rows:
         raise FrameError(
@@ -158,7 +161,7 @@ def check_step(
     if frame.type is MsgType.VERIFY:
         _check_drafts(frame, request, drafts)
     if request.shape == "prefix":
-        _check_output(frame, request)
+        _check_output(frame, request, begins_at)
 
 
 def _check_drafts(frame: Frame, request: Open, drafts: Sequence[int]) -> None:
@@ -176,7 +179,7 @@ def _check_drafts(frame: Frame, request: Open, drafts: Sequence[int]) -> None:
         )
 
 
-def _check_output(frame: Frame, request: Open) -> None:
+def _check_output(frame: Frame, request: Open, begins_at: int | None) -> None:
     if Flag.ALL_ROWS in frame.flags:
         raise SequenceError(
             f"step {frame.seq} asks for every row's output, which only the U-shape returns",
@@ -189,6 +192,16 @@ def _check_output(frame: Frame, request: Open) -> None:
             f"a prompt of {request.prompt_tokens} and at most {request.max_tokens} tokens were agreed",
             code="bad_output_index",
         )
+    if index is not None and begins_at not in (None, index):
+        raise SequenceError(
+            f"step {frame.seq} would produce token {index} first, the context ends before token {begins_at}",
+            code="bad_output_index",
+        )
+
+
+def first_due(request: Open) -> int | None:
+    """The token that a session must produce first, where its sampler was told all those before it."""
+    return None if request.context_ids is None else len(request.context_ids) - request.prompt_tokens
 
 
 def first_index(frame: Frame, request: Open) -> int | None:

@@ -1,100 +1,49 @@
 """The cloud's half of one session: takes each step once and in order, answers it, meters the stream.
 
-Made by CloudConnection from an accepted OPEN; the server talks to it through the connection's methods.
+Made by CloudConnection from an accepted OPEN; the server talks to it through the connection's methods, and
+while no connection holds it (DETACHED) by the same methods here.
 
     stream: int; epoch: int; open: Open; state: CloudState; kv_bytes: int (charged to the tenant)
+    attempt: int           of the newest RESUME accepted        resumable: bool   OPENED gave a resume token
     last_seq: int          newest step taken
     kv_len: int            rows accepted (uploaded ones plus, in offload, those of the cloud's own tokens);
                            of an unanswered VERIFY in the prefix shape the first alone
+    digests: RowDigests    over the uploaded rows; for each step, in order, the owner cuts it to step.pos
+                           and appends the raw rows or ids
     rows_received: int     all rows ever taken, those cut by TRUNCATE too
     outputs_due: int       rows of step last_seq whose output the engine owes (VERIFY in the prefix shape:
                            at most; at least one)
     generating: bool       offload: the engine goes on by itself
     next_index: int        index of the next token the engine will produce
-    unacked: deque[StreamBody]        STREAM frames sent and not acknowledged (issue C resends them)
+    unacked: deque[StreamBody]        STREAM frames not acknowledged, which a RESUME sends again
+    check_resume(Resume)   raises where `resumed` would; resume_action(Resume): what it will say; evict()
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections import deque
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Sequence
+from dataclasses import replace
 
-from isthmus.protocol.activations import Encoded
-from isthmus.protocol.admission import (
-    check_body,
-    check_step,
-    first_index,
-    num_outputs,
-    result_codec,
-    row_codec,
-    rows_kept,
-)
-from isthmus.protocol.connection import FIRST_EPOCH, with_pos
+from isthmus.protocol.admission import check_step, first_index, num_outputs, row_codec, rows_kept
+from isthmus.protocol.cloud_outputs import CloudOutputs, Send, end_of
 from isthmus.protocol.drafts import split_drafts
-from isthmus.protocol.errors import SequenceError
+from isthmus.protocol.errors import NotFoundError, SequenceError
 from isthmus.protocol.events import StepReceived
 from isthmus.protocol.frames import Flag, Frame, MsgType, json_frame
-from isthmus.protocol.messages import (
-    Close,
-    Closed,
-    Credit,
-    Finish,
-    Open,
-    Opened,
-    ResultBody,
-    StreamBody,
-    TopTokens,
-    Welcome,
-)
-from isthmus.protocol.states import CLOUD_TABLE, CloudInput, CloudState, advance
-
-_Body = TypeVar("_Body", ResultBody, StreamBody)
+from isthmus.protocol.messages import Close, Credit, Open, Resume, ResumeAction, Resumed, Welcome
+from isthmus.protocol.states import CloudInput, CloudState
 
 
-class CloudSession:
+class CloudSession(CloudOutputs):
     """Rule 1 lives in `step`: KV length and seq advance there together, or not at all."""
 
-    def __init__(
-        self, stream: int, request: Open, terms: Welcome, kv_bytes: int, send: Callable[[Frame], None]
-    ) -> None:
-        self.stream = stream
-        self.epoch = FIRST_EPOCH
-        self.open = request
-        self.kv_bytes = kv_bytes
-        self.state = advance(CLOUD_TABLE, CloudState.NEW, CloudInput.RECV_OPEN)
-        self.last_seq = 0
-        self.kv_len = 0
-        self.rows_received = 0
-        self.outputs_due = 0
-        self.generating = False
-        self.next_index = 0
-        self.unacked: deque[StreamBody] = deque()
-        self._limits = terms.limits
+    def __init__(self, stream: int, request: Open, terms: Welcome, kv_bytes: int, send: Send) -> None:
+        super().__init__(stream, request, terms, kv_bytes, send)
+        self.attempt = 0
         self._vocab_size = terms.vocab_size
         self._codec = row_codec(request, terms.hidden)
-        self._result_codec = result_codec(request, terms.hidden)
-        self._send = send
         self._last_digest = b""
-        self._step_end = 0  # one beyond the last row of step last_seq
-        self._last_result: Frame | None = None
-        self._window = terms.limits.initial_credits_rows
-        self._granted = self._window  # rows that may have been received since the epoch began
-        self._unsent: deque[StreamBody] = deque()  # generated beyond the edge's window
-        self._sent_index = 0
-        self._acked_index = 0
-        self._stream_window = terms.limits.stream_window_tokens
-
-    @property
-    def credits(self) -> int:
-        """Rows the edge may still send."""
-        return self._granted - self.rows_received
-
-    @property
-    def stream_room(self) -> int:
-        """Tokens that would go out at once."""
-        return max(0, self._acked_index + self._stream_window - self.next_index)
 
     # ---- from the edge
 
@@ -168,6 +117,7 @@ class CloudSession:
             credits=self.credits,
             max_rows=self._limits.max_rows_per_step,
             drafts=drafts,
+            begins_at=self._begins_at,
         )
 
     def acknowledge(self, credit: Credit) -> bool:
@@ -181,12 +131,15 @@ class CloudSession:
             raise SequenceError(
                 f"token {credit.ack_index} acknowledged, {self._sent_index} were sent", code="ack_ahead"
             )
-        self._acked_index = max(self._acked_index, credit.ack_index)
         self._stream_window = min(credit.window, self._limits.stream_window_tokens)
-        while self.unacked and _end(self.unacked[0]) <= self._acked_index:
-            self.unacked.popleft()
+        self._forget_acknowledged(credit.ack_index)
         self._flush()
         return True
+
+    def _forget_acknowledged(self, index: int) -> None:
+        self._acked_index = max(self._acked_index, index)
+        while self.unacked and end_of(self.unacked[0]) <= self._acked_index:
+            self.unacked.popleft()
 
     def cancel(self) -> bool:
         """Whether the engine must be told (the first CANCEL or CLOSE)."""
@@ -206,169 +159,101 @@ class CloudSession:
         self._move(how)
         return before is not CloudState.CLOSING
 
-    # ---- from the engine
-
-    def opened(self, opened: Opened) -> None:
-        state = advance(CLOUD_TABLE, self.state, CloudInput.SEND_OPENED)
-        if state is CloudState.CLOSING:
-            return
-        entries = self.open.offer.entries
-        most = min(entries[-1][0], self.open.prompt_tokens - 1) if entries else 0
-        if opened.cached_rows > most or opened.credits < self._window:
-            raise SequenceError(
-                f"OPENED with {opened.cached_rows} cached rows of at most {most} and {opened.credits} "
-                f"credits of at least {self._window}",
-                code="bad_opened",
-            )
-        self.state = state
-        if entries:
-            self.kv_len = opened.cached_rows
-        self._window = self._granted = opened.credits
-        self._send(json_frame(MsgType.OPENED, opened, stream=self.stream, epoch=self.epoch))
-
-    def credit(self, rows: int) -> None:
-        """`rows` more rows are computed and their memory is free again. Never more than were received."""
-        self._move(CloudInput.SEND_CREDIT)
-        granted = min(self._granted + rows, self.rows_received + self._window)
-        if self.state is CloudState.CLOSING or granted == self._granted:
-            return
-        self._granted = granted
-        self._send(json_frame(MsgType.CREDIT, Credit(rows=granted), stream=self.stream, epoch=self.epoch))
-
-    def result_tokens(
-        self,
-        tokens: Sequence[int],
-        kv_len: int,
-        logprobs: Sequence[float | None] | None,
-        top: Sequence[TopTokens] | None,
-        finish: Finish | None,
-    ) -> None:
-        if not self._may_answer(kv_len, len(tokens), "prefix"):
-            return
-        body = _tokens(ResultBody, self.next_index, tokens, logprobs, top, finish)
-        self.next_index += len(tokens)
-        if self.open.streams and finish is None:
-            self.generating = True
-            self._sent_index = self._acked_index = self.next_index
-        self._answer(with_pos(self._json(MsgType.RESULT, body, self.last_seq), kv_len))
-
-    def result_rows(self, encoded: Encoded, n_tok: int, kv_len: int) -> None:
-        if not self._may_answer(kv_len, n_tok, "u"):
-            return
-        frame = Frame(
-            MsgType.RESULT,
-            self.stream,
-            self.epoch,
-            self.last_seq,
-            kv_len,
-            n_tok,
-            dtype=encoded.dtype,
-            codec=encoded.codec,
-            raw_len=encoded.raw_len,
-            body=encoded.body,
-        )
-        check_body(frame, self._result_codec)
-        self._answer(frame)
-
-    def _may_answer(self, kv_len: int, n_outputs: int, shape: str) -> bool:
-        self._move(CloudInput.SEND_RESULT)
-        if self.state is CloudState.CLOSING:
-            return False
-        # Of the outputs due, only VERIFY in the prefix shape leaves some out, and their rows with them.
-        missing = self.outputs_due - n_outputs
-        least = most = self.outputs_due
-        if shape == "prefix":
-            least, most = 1, min(most, self.open.max_tokens - self.next_index)
-        if shape != self.open.shape or not least <= n_outputs <= most or kv_len != self._step_end - missing:
-            raise SequenceError(
-                f"the engine answers with {n_outputs} outputs in shape {shape} at {kv_len} rows; "
-                f"{self.outputs_due} in shape {self.open.shape} at {self._step_end} are due",
-                code="engine_mismatch",
-            )
-        self.kv_len = kv_len
-        return True
-
-    def _answer(self, frame: Frame) -> None:
-        """RESULT returns the credits of every row up to its step, on both sides without a CREDIT."""
-        self._last_result = frame
-        self.outputs_due = 0
-        self._granted = self.rows_received + self._window
-        self._send(frame)
-
-    def stream_tokens(
-        self,
-        tokens: Sequence[int],
-        logprobs: Sequence[float | None] | None,
-        top: Sequence[TopTokens] | None,
-        finish: Finish | None,
-    ) -> None:
-        self._move(CloudInput.SEND_STREAM)
-        if self.state is CloudState.CLOSING:
-            return
-        end = self.next_index + len(tokens)
-        if not self.generating or end > self.open.max_tokens:
-            raise SequenceError(
-                f"the engine streams up to token {end} of {self.open.max_tokens}"
-                + ("" if self.generating else " without a step to answer"),
-                code="engine_mismatch",
-            )
-        self._unsent.append(_tokens(StreamBody, self.next_index, tokens, logprobs, top, finish))
-        self.next_index = end
-        self.kv_len = self.open.prompt_tokens + end - 1  # the newest token is not in the KV yet
-        self.generating = finish is None
-        self._flush()
-
-    def _flush(self) -> None:
-        """Send what the edge's window allows, cutting a run of tokens where it must."""
-        limit = self._acked_index + self._stream_window
-        while self._unsent:
-            body = self._unsent[0]
-            if _end(body) > limit:
-                if body.first_index >= limit:
-                    return
-                self._unsent[0] = body.part(limit)
-                body = body.part(body.first_index, limit)
-            else:
-                self._unsent.popleft()
-            self._sent_index = _end(body)
-            self.unacked.append(body)
-            held = self.open.prompt_tokens + self._sent_index - 1
-            self._send(with_pos(self._json(MsgType.STREAM, body, self.last_seq), held))
-
-    def closed(self, closed: Closed) -> None:
-        self._move(CloudInput.SEND_CLOSED)
-        self._send(json_frame(MsgType.CLOSED, closed, stream=self.stream, epoch=self.epoch))
-
     def end(self, happened: CloudInput) -> None:
         """ERROR or LOST: over without CLOSED."""
         self._move(happened)
 
-    def _json(self, msg_type: MsgType, body: ResultBody | StreamBody, seq: int) -> Frame:
-        return json_frame(msg_type, body, stream=self.stream, epoch=self.epoch, seq=seq)
+    # ---- loss and resume
 
-    def _move(self, happened: CloudInput) -> None:
-        self.state = advance(CLOUD_TABLE, self.state, happened)
+    def detach(self) -> None:
+        """No connection holds this session any more. What the engine puts out is kept, and sent after a
+        RESUME; nothing is queued anywhere."""
+        self._move(CloudInput.DETACH)
+        self._send = _nowhere
+
+    def evict(self) -> None:
+        """The session was given up while detached. The caller frees pages and quota."""
+        self._move(CloudInput.EVICT)
+
+    def check_resume(self, resume: Resume) -> None:
+        """What can be said before the session is taken from its old connection. NotFoundError
+        `unknown_session`: it is ending. SequenceError: `stale_attempt`, `resume_behind` (steps are here that
+        the edge never sent), `digest_mismatch` (other rows, whose output is due or streams)."""
+        if self.state not in (CloudState.ACTIVE, CloudState.DETACHED):
+            raise NotFoundError(f"the session is {self.state}", code="unknown_session")
+        if resume.attempt <= self.attempt:
+            raise SequenceError(
+                f"RESUME attempt {resume.attempt} came after attempt {self.attempt}", code="stale_attempt"
+            )
+        if resume.last_seq < self.last_seq:
+            raise SequenceError(
+                f"RESUME after step {resume.last_seq}, step {self.last_seq} is here", code="resume_behind"
+            )
+        if resume.last_seq > self.last_seq:
+            return
+        if not self._has_rows_of(resume) and (self.outputs_due or self.open.streams):
+            raise SequenceError(
+                f"the {resume.rows} rows sent are not the {len(self.digests)} that the output comes from",
+                code="digest_mismatch",
+                hint="open the session anew",
+            )
+
+    def resumed(self, stream: int, resume: Resume, send: Send, *, resume_token: str, chunk_rows: int) -> None:
+        """Go on in a new epoch, on `stream` of the connection behind `send`. The owner has decoded every step
+        taken and given it to the engine. Raises as check_resume, without any change."""
+        self.check_resume(resume)
+        self._move(CloudInput.RECV_RESUME)
+        self.attempt = resume.attempt
+        self.epoch += 1
+        self.stream = stream
+        self._send = send
+        # What is not computed yet stays outstanding; both ends count from 0 again.
+        self._epoch_base = self.rows_received
+        self._stream_window = self._limits.stream_window_tokens
+        action = self.resume_action(resume)
+        rows, digest = self.digests.state
+        body = Resumed(
+            epoch=self.epoch,
+            seq=self.last_seq,
+            kv_len=self.kv_len,
+            rows=rows,
+            digest=digest,
+            action=action,
+            credits=self.credits,
+            chunk_rows=chunk_rows,
+            resume_token=resume_token,
+        )
+        send(json_frame(MsgType.RESUMED, body, stream=stream, epoch=self.epoch))
+        self._send_again(resume, action)
+
+    def resume_action(self, resume: Resume) -> ResumeAction:
+        """How `resume` will be answered, if check_resume lets it pass."""
+        if resume.last_seq > self.last_seq:
+            return "replay"
+        return "ok" if self._has_rows_of(resume) else "rebuild"
+
+    def _has_rows_of(self, resume: Resume) -> bool:
+        """Whether the rows are those that the edge sent up to the same step: as they are, or as they were
+        before a RESULT cut them that the edge may not have."""
+        claimed = (resume.rows, resume.digest)
+        return claimed == self.digests.state or (self.last_seq, *claimed) == self._uncut
+
+    def _send_again(self, resume: Resume, action: ResumeAction) -> None:
+        if self._last_result is not None:
+            # Kept in the new epoch, for a step that is repeated there.
+            self._last_result = replace(self._last_result, stream=self.stream, epoch=self.epoch)
+            if action == "ok":
+                self._send(self._last_result)
+        if action == "ok":
+            # The edge may already count from where a step that was lost is to begin.
+            self._forget_acknowledged(min(resume.next_index, self._sent_index))
+            for body in self.unacked:
+                self._send_stream(body)
+            self._flush()
 
 
-def _tokens(
-    kind: type[_Body],
-    first_index: int,
-    tokens: Sequence[int],
-    logprobs: Sequence[float | None] | None,
-    top: Sequence[TopTokens] | None,
-    finish: Finish | None,
-) -> _Body:
-    return kind(
-        first_index=first_index,
-        tokens=tuple(tokens),
-        logprobs=None if logprobs is None else tuple(logprobs),
-        top=None if top is None else tuple(top),
-        finish=finish,
-    )
-
-
-def _end(body: StreamBody) -> int:
-    return body.first_index + len(body.tokens)
+def _nowhere(frame: Frame) -> None:
+    """Where a detached session sends to."""
 
 
 def _digest(frame: Frame) -> bytes:

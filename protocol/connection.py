@@ -31,7 +31,7 @@ class Connection(ABC, Generic[EventT]):
         self.limits = limits
         self._state = state
         self._outbox = Outbox()
-        self._last_heard = 0.0
+        self._last_heard = self._heard_before = 0.0
         self._last_tick: float | None = None
 
     # ---- for the owner
@@ -55,7 +55,7 @@ class Connection(ABC, Generic[EventT]):
         """One whole websocket message. Never raises for what a peer sent: it becomes an event."""
         if self.is_closed:
             return []
-        self._last_heard = now
+        self._heard_before, self._last_heard = self._last_heard, now
         try:
             frame = decode_frame(
                 data,
@@ -72,6 +72,15 @@ class Connection(ABC, Generic[EventT]):
             return self._on_session_frame(frame)
         except IsthmusError as error:
             return self._fail_stream(frame.stream, error)
+
+    def progress(self, now: float) -> None:
+        """The transport moved bytes, in or out: the link is slow, not dead. Counts as a sign of life."""
+        self._last_heard = max(self._last_heard, now)
+
+    @property
+    def last_heard(self) -> float:
+        """When the peer last gave a sign of life."""
+        return self._last_heard
 
     @abstractmethod
     def fail_connection(self, error: IsthmusError) -> list[EventT]:

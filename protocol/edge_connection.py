@@ -9,8 +9,10 @@ Signatures (stable):
                                                max_bytes at least one, then as many as fit
     on_tick(now) -> list[EdgeEvent]            pings, WELCOME deadline, dead peer; call every ~0.1–0.25 s
     progress(now) -> None                      optional: the transport drained queued bytes (slow ≠ dead)
-    lost(error=None) -> list[EdgeEvent]        the socket closed: SessionFailed per session, ConnectionFailed
+    lost(error=None) -> list[EdgeEvent]        the socket closed: per session SessionSuspended (it can be
+                                               resumed elsewhere) or SessionFailed; then ConnectionFailed
     open(Open) -> EdgeSession                  raises before anything is sent (see the method)
+    resume(EdgeSession) -> None                of another connection; SessionResumed or SessionFailed answers
     needs_canary(split) -> bool
     canary(split, rows: float32[n, hidden]) -> None             CanaryDone event answers
     ping(now) -> None                          an extra ping (on_tick pings by itself)
@@ -48,6 +50,7 @@ from isthmus.protocol.events import (
     Rejected,
     SessionClosed,
     SessionFailed,
+    SessionSuspended,
     StatusReceived,
     Welcomed,
 )
@@ -85,6 +88,7 @@ class EdgeConnection(Connection[EdgeEvent]):
         self._started = 0.0
         self._pings: dict[int, float] = {}  # seq → time sent, unanswered
         self._num_pings = 0
+        self._received_there = 0  # bytes, by the newest STATUS
         self._last_ping: float | None = None
         self._canaries = EdgeCanaries(())
 
@@ -124,13 +128,32 @@ class EdgeConnection(Connection[EdgeEvent]):
                 code="too_large",
                 hint="shorten the prefix offer or the context ids",
             )
-        stream = self._next_stream
-        if stream > _MAX_STREAM:
-            raise OverloadedError("all stream ids of this connection are used up", code="streams_used_up")
-        self._next_stream += 1
+        stream = self._free_stream()
         session = EdgeSession(stream, request, terms, self._send_step, partial(self._outbox.drop, stream))
-        self.sessions[stream] = session
+        self._add(session)
         return session
+
+    def resume(self, session: EdgeSession) -> None:
+        """Go on here with a session whose connection is gone. It gets a new stream id.
+
+        Nothing is sent where it can't be: OverloadedError (the cloud drains, stream ids are used up) or
+        SequenceError (not suspended, another model, digests that don't cover what was sent).
+        """
+        terms = self._terms()
+        if self.draining:
+            raise OverloadedError("the cloud is going away and resumes nothing", code="draining")
+        stream = self._free_stream()
+        session.resume(stream, terms, self._send_step, partial(self._outbox.drop, stream))
+        self._add(session)
+
+    def _free_stream(self) -> int:
+        if self._next_stream > _MAX_STREAM:
+            raise OverloadedError("all stream ids of this connection are used up", code="streams_used_up")
+        return self._next_stream
+
+    def _add(self, session: EdgeSession) -> None:
+        self._next_stream += 1
+        self.sessions[session.stream] = session
 
     def needs_canary(self, split: int) -> bool:
         """Whether rule 8 asks for an agreeing canary before a session at `split`."""
@@ -176,17 +199,14 @@ class EdgeConnection(Connection[EdgeEvent]):
             self.ping(now)
         return []
 
-    def progress(self, now: float) -> None:
-        """The transport got rid of bytes: the link is slow, not dead. Counts as a sign of life."""
-        self._last_heard = max(self._last_heard, now)
-
     def lost(self, error: IsthmusError | None = None) -> list[EdgeEvent]:
         """The socket is gone."""
         return self._end(error or CloudLostError("the connection to the cloud was closed"), EdgeInput.LOST)
 
     def close(self) -> None:
-        """Forget everything without a word; the owner closes the socket."""
-        self._end(CloudLostError("closed on this side", code="link_closed"), EdgeInput.LOST)
+        """Forget everything without a word, sessions too; the owner closes the socket."""
+        error = CloudLostError("closed on this side", code="link_closed")
+        self._end(error, EdgeInput.LOST, keep=False)
 
     def fail_connection(self, error: IsthmusError) -> list[EdgeEvent]:
         events = self._end(error, EdgeInput.ERROR)
@@ -208,7 +228,7 @@ class EdgeConnection(Connection[EdgeEvent]):
                 self._on_pong(frame.seq, now)
                 return []
             case MsgType.STATUS:
-                return [StatusReceived(parse_json(frame, Status))]
+                return [self._on_status(parse_json(frame, Status))]
             case MsgType.CANARY_RESULT:
                 return [self._canaries.answered(frame)]
             case MsgType.GOAWAY:
@@ -225,6 +245,14 @@ class EdgeConnection(Connection[EdgeEvent]):
         self.welcome = welcome
         self._canaries = EdgeCanaries(welcome.canary_passed)
         return [Welcomed(welcome)]
+
+    def _on_status(self, status: Status) -> StatusReceived:
+        """A cloud that talks and gets nothing of what we send is at the other end of a link that is half
+        dead."""
+        if status.received <= self._received_there:
+            self._last_heard = self._heard_before
+        self._received_there = status.received
+        return StatusReceived(status)
 
     def _on_pong(self, seq: int, now: float) -> None:
         sent = self._pings.get(seq)
@@ -244,7 +272,7 @@ class EdgeConnection(Connection[EdgeEvent]):
             raise SequenceError(
                 f"{frame.type.name} for stream {frame.stream}, which was never opened", code="unknown_stream"
             )
-        if is_stale(frame, session.epoch):
+        if frame.type is not MsgType.RESUMED and is_stale(frame, session.epoch):
             return []
         if frame.type is MsgType.ERROR:
             error = parse_json(frame, ErrorBody).to_error()
@@ -267,15 +295,18 @@ class EdgeConnection(Connection[EdgeEvent]):
         session.end(EdgeInput.ERROR)
         return [SessionFailed(stream, error)]
 
-    def _end(self, error: IsthmusError, happened: EdgeInput) -> list[EdgeEvent]:
+    def _end(self, error: IsthmusError, happened: EdgeInput, *, keep: bool = True) -> list[EdgeEvent]:
         if self.is_closed:
             return []
         self._move(ConnectionInput.FAIL)
         self._outbox.clear()
         events: list[EdgeEvent] = []
         for stream, session in self.sessions.items():
-            session.end(happened)
-            events.append(SessionFailed(stream, error))
+            if keep and session.suspend():
+                events.append(SessionSuspended(stream, error))
+            else:
+                session.end(happened)
+                events.append(SessionFailed(stream, error))
         self.sessions.clear()
         return [*events, ConnectionFailed(error)]
 

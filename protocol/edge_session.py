@@ -15,7 +15,11 @@ Made by EdgeConnection.open(). Signatures (stable):
     step_ids(ids, pos, *, final, all_rows=False, truncate=False) -> int               seq; split 0 only
     verify_rows(ids, encoded, pos, *, truncate=False) -> int                          seq
     verify_ids(ids, pos, *, truncate=False) -> int                       seq; split 0 in the U-shape only
+    digests: RowDigests    over the rows sent; with each of the four calls above the owner cuts it to `pos`
+                           and appends the raw rows (RowCodec.encode_raw) or ids (<i4)
     cancel() -> None       close(offer=PrefixOffer(), reason="") -> None               both idempotent
+
+Outlives its connection: after SessionSuspended, EdgeConnection.resume takes it to another one.
 """
 
 from __future__ import annotations
@@ -24,7 +28,9 @@ from collections.abc import Callable, Sequence
 
 from isthmus.protocol.admission import check_body, result_codec
 from isthmus.protocol.connection import unexpected
-from isthmus.protocol.edge_steps import EdgeSteps, Send
+from isthmus.protocol.digests import RowDigests
+from isthmus.protocol.edge_resume import ResumableSteps
+from isthmus.protocol.edge_steps import Send
 from isthmus.protocol.errors import CodecError, RequestError, SequenceError
 from isthmus.protocol.events import (
     CreditGranted,
@@ -48,10 +54,10 @@ from isthmus.protocol.messages import (
     Welcome,
 )
 from isthmus.protocol.prefix import PrefixOffer
-from isthmus.protocol.states import EDGE_TABLE, EdgeInput, EdgeState, advance
+from isthmus.protocol.states import EdgeInput, EdgeState
 
 
-class EdgeSession(EdgeSteps):
+class EdgeSession(ResumableSteps):
     """One generation on one stream. Methods queue frames on the connection; nothing here waits."""
 
     def __init__(
@@ -60,8 +66,6 @@ class EdgeSession(EdgeSteps):
         super().__init__(stream, request, terms, send)
         self._result_codec = result_codec(request, terms.hidden)
         self._drop_unsent = drop_unsent
-        self._answered_seq = 0  # the newest step with a RESULT
-        self._acked_index = 0
         self._move(EdgeInput.SEND_OPEN)
         self._send(json_frame(MsgType.OPEN, request, stream=stream, epoch=self.epoch), False)
 
@@ -72,8 +76,12 @@ class EdgeSession(EdgeSteps):
             self._send(json_frame(MsgType.CANCEL, Cancel(), stream=self.stream, epoch=self.epoch), False)
 
     def close(self, offer: PrefixOffer | None = None, reason: str = "") -> None:
-        """Stop; the cloud may keep its KV under `offer`, whose lengths are at most `kv_len`. Idempotent."""
-        body = Close(offer=offer or PrefixOffer(), reason=reason)
+        """Stop; the cloud may keep its KV under `offer`, whose lengths are at most `kv_len`. Idempotent. Rows
+        that a replay had yet to overwrite are left out: the cloud holds others there."""
+        entries = list(offer.entries) if offer else []
+        if self._owed is not None:
+            entries = [entry for entry in entries if entry[0] <= self._owed.start]
+        body = Close(offer=PrefixOffer(entries=entries), reason=reason)
         if body.offer.entries and body.offer.entries[-1][0] > self.kv_len:
             raise RequestError(
                 f"the offer names {body.offer.entries[-1][0]} rows, the cloud holds {self.kv_len}",
@@ -83,10 +91,10 @@ class EdgeSession(EdgeSteps):
             self._send(json_frame(MsgType.CLOSE, body, stream=self.stream, epoch=self.epoch), False)
 
     def _leave(self, how: EdgeInput) -> bool:
-        """Whether this is the first CANCEL or CLOSE."""
+        """Whether this is the first CANCEL or CLOSE, and it can be sent."""
         before = self.state
         self._move(how)
-        return before not in (EdgeState.CLOSING, EdgeState.CLOSED)
+        return before in (EdgeState.OPENING, EdgeState.PREFILL, EdgeState.DECODE)
 
     # ---- receiving; called by the connection
 
@@ -96,6 +104,8 @@ class EdgeSession(EdgeSteps):
             closed = parse_json(frame, Closed)
             self._move(EdgeInput.RECV_CLOSED)
             return SessionClosed(self.stream, closed)
+        if frame.type is MsgType.RESUMED:
+            return self._on_resumed(frame)
         if frame.type not in _INPUTS:
             raise unexpected(frame)
         self._move(_INPUTS[frame.type])
@@ -128,9 +138,12 @@ class EdgeSession(EdgeSteps):
             )
         if offered:
             self.kv_len = opened.cached_rows
+            self.digests = RowDigests(opened.cached_rows)
         self.opened = opened
+        self._resume_token = opened.resume_token
         self._chunk_rows = min(self._chunk_rows, opened.chunk_rows)
-        self._window = self._granted = opened.credits
+        self._window = opened.credits
+        self._granted = max(self._granted, opened.credits)
         return SessionOpened(self.stream, opened)
 
     def _on_result(self, frame: Frame) -> ResultTokens | ResultRows | None:
@@ -144,7 +157,10 @@ class EdgeSession(EdgeSteps):
             )
         event = self._result_tokens(frame) if self.open.shape == "prefix" else self._result_rows(frame)
         self.kv_len = frame.pos
-        self._answered_seq = frame.seq
+        self._answered_seq = self._taken_seq = frame.seq
+        self._unanswered.clear()
+        if frame.pos < self._step_end:  # the rest of a draft chain
+            self.digests.truncate(frame.pos)
         self._outputs_due = 0
         self._granted = self._rows_sent + self._window
         return event
@@ -168,6 +184,7 @@ class EdgeSession(EdgeSteps):
             )
         self._check_ids(body.tokens)
         self.next_index += count
+        self._begins_at = None
         self._acked_index = self.next_index
         self._streaming = self.open.streams and body.finish is None
         return ResultTokens(
@@ -241,9 +258,6 @@ class EdgeSession(EdgeSteps):
             self._acked_index = self.next_index
             credit = Credit(ack_index=self.next_index, window=window)
             self._send(json_frame(MsgType.CREDIT, credit, stream=self.stream, epoch=self.epoch), False)
-
-    def _move(self, happened: EdgeInput) -> None:
-        self.state = advance(EDGE_TABLE, self.state, happened)
 
 
 _INPUTS = {

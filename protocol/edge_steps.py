@@ -3,18 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from isthmus.protocol.activations import Encoded, encode_ids
-from isthmus.protocol.admission import check_step, first_index, num_outputs, row_codec, rows_kept
+from isthmus.protocol.admission import (
+    check_step,
+    first_due,
+    first_index,
+    num_outputs,
+    row_codec,
+    rows_kept,
+)
 from isthmus.protocol.connection import FIRST_EPOCH
+from isthmus.protocol.digests import RowDigests
 from isthmus.protocol.drafts import with_drafts
 from isthmus.protocol.errors import FrameError, SequenceError
+from isthmus.protocol.events import Replay
 from isthmus.protocol.frames import HEADER_BYTES, Codec, Dtype, Flag, Frame, MsgType
 from isthmus.protocol.messages import Open, Opened, Welcome
 from isthmus.protocol.states import EDGE_TABLE, EdgeInput, EdgeState, advance
 
 Send = Callable[[Frame, bool], None]
 """Queue a frame; True: it may be dropped if the session is cancelled before it left."""
+
+
+class Sent(NamedTuple):
+    """A step that may be lost; `kv_len` is the session's before it."""
+
+    seq: int
+    pos: int
+    n_tok: int
+    flags: Flag
+    ids: tuple[int, ...]  # of a VERIFY
+    kv_len: int
 
 
 class EdgeSteps:
@@ -28,6 +49,7 @@ class EdgeSteps:
         self.state = EdgeState.IDLE
         self.kv_len = 0
         self.next_index = 0
+        self.digests = RowDigests()
         self._limits = terms.limits
         self._vocab_size = terms.vocab_size
         self._codec = row_codec(request, terms.hidden)
@@ -41,6 +63,11 @@ class EdgeSteps:
         self._step_end = 0  # one beyond the last of them
         self._drafts: tuple[int, ...] = ()  # the ids that step _last_seq showed, if it was a VERIFY
         self._streaming = False  # offload: the cloud generates by itself
+        self._begins_at = first_due(request)
+        self._unanswered: list[Sent] = []  # since the newest RESULT or replay
+        self._owed: Replay | None = None  # what is left of a replay
+        # The cloud's digest chain, while ours is cut for a replay of which nothing was sent.
+        self._cloud_chain: tuple[int, str] | None = None
 
     # ---- what may be sent
 
@@ -116,8 +143,7 @@ class EdgeSteps:
         return self._verify(ids, self._encoded(ids), pos, truncate)
 
     def _verify(self, ids: Sequence[int], rows: Encoded, pos: int, truncate: bool) -> int:
-        shown = tuple(ids) if self.open.shape == "prefix" else (0,) * len(ids)
-        return self._step(rows, pos, len(ids), _flags(False, False, truncate), shown)
+        return self._step(rows, pos, len(ids), _flags(False, False, truncate), tuple(ids))
 
     def _expect_rows(self) -> None:
         if self.open.split == 0:
@@ -130,10 +156,10 @@ class EdgeSteps:
         return Encoded(body, Dtype.TOKEN_IDS, Codec.NONE, len(body))
 
     def _step(
-        self, encoded: Encoded, pos: int, n_tok: int, flags: Flag, drafts: tuple[int, ...] | None = None
+        self, encoded: Encoded, pos: int, n_tok: int, flags: Flag, ids: tuple[int, ...] | None = None
     ) -> int:
-        """Queue a STEP, or where `drafts` are given a VERIFY."""
-        verify = drafts is not None
+        """Queue a STEP, or where `ids` are given a VERIFY."""
+        verify = ids is not None
         state = advance(EDGE_TABLE, self.state, EdgeInput.SEND_VERIFY if verify else EdgeInput.SEND_STEP)
         frame = Frame(
             MsgType.VERIFY if verify else MsgType.STEP,
@@ -148,6 +174,7 @@ class EdgeSteps:
             encoded.raw_len,
             encoded.body,
         )
+        drafts = ids if self.open.shape == "prefix" else ids and (0,) * len(ids)
         if self.awaiting_result:
             raise SequenceError(
                 f"step {frame.seq} while step {self._last_seq} is unanswered", code="step_pending"
@@ -160,6 +187,7 @@ class EdgeSteps:
             credits=self.credits,
             max_rows=self._limits.max_rows_per_step,
             drafts=drafts or (),
+            begins_at=self._begins_at,
         )
         sent = frame if drafts is None else with_drafts(drafts, frame, self._vocab_size)
         size = HEADER_BYTES + max(len(sent.body), sent.raw_len)
@@ -179,6 +207,7 @@ class EdgeSteps:
             self.next_index = index
         self._send(sent, True)
         self.state = state
+        self._remember(Sent(frame.seq, pos, n_tok, flags, ids or (), self.kv_len))
         self._last_seq = frame.seq
         self._rows_sent += n_tok
         self._step_end = pos + n_tok
@@ -186,6 +215,16 @@ class EdgeSteps:
         self._outputs_due = num_outputs(frame)
         self._drafts = drafts or ()
         return frame.seq
+
+    # ---- what may have to be sent again
+
+    def _remember(self, sent: Sent) -> None:
+        self._unanswered.append(sent)
+        self._cloud_chain = None
+        if self._owed is not None:
+            end = sent.pos + sent.n_tok
+            goes_on = sent.pos == self._owed.start and end < self._owed.stop
+            self._owed = self._owed._replace(start=end) if goes_on else None
 
 
 def _flags(final: bool, all_rows: bool, truncate: bool) -> Flag:

@@ -1,15 +1,16 @@
 """What the sans-IO connections report to their owners: frozen dataclasses, no behaviour.
 
 Edge:  Welcomed Rejected SessionOpened ResultTokens ResultRows StreamTokens CreditGranted SessionClosed
-       StatusReceived CanaryDone GoingAway
+       SessionSuspended SessionResumed StatusReceived CanaryDone GoingAway
 Cloud: HelloAccepted SessionOpenRequested StepReceived CancelRequested CloseRequested StreamWindow
-       CanaryRequested
+       SessionDetached ResumeRequested CanaryRequested
 Both:  SessionFailed ConnectionFailed
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 from isthmus.protocol.errors import IsthmusError, RejectedError
 from isthmus.protocol.frames import Frame
@@ -22,10 +23,15 @@ from isthmus.protocol.messages import (
     Hello,
     Open,
     Opened,
+    Resume,
+    ResumeAction,
     Status,
     TopTokens,
     Welcome,
 )
+
+if TYPE_CHECKING:
+    from isthmus.protocol.cloud_session import CloudSession
 
 # ---- both ends ----------------------------------------------------------------------------------
 
@@ -42,7 +48,7 @@ class SessionFailed:
 @dataclass(frozen=True, slots=True)
 class ConnectionFailed:
     """The connection is over: flush data_to_send(), close the socket. Every live session was reported by
-    its own SessionFailed before."""
+    its own SessionFailed, SessionSuspended or SessionDetached before."""
 
     error: IsthmusError
 
@@ -124,6 +130,41 @@ class SessionClosed:
 
     stream: int
     closed: Closed
+
+
+@dataclass(frozen=True, slots=True)
+class SessionSuspended:
+    """The connection is gone with `error`, the session may go on: EdgeConnection.resume on a new one."""
+
+    stream: int
+    error: IsthmusError
+
+
+class Replay(NamedTuple):
+    """Rows [start, stop), as the owner has them now, are to be sent again by ordinary steps; then the session
+    stands where it stood. The first step with `truncate` if set.
+
+    Where an output was due, the last `last_rows` rows go as one step: as a VERIFY that shows `drafts` (one id
+    per row) if there are any, else with `final` and `all_rows`. The rows before it are plain.
+    """
+
+    start: int
+    stop: int
+    truncate: bool = False
+    final: bool = False
+    all_rows: bool = False
+    drafts: tuple[int, ...] = ()
+    last_rows: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class SessionResumed:
+    """The session goes on, on its new stream. `replay` is None where nothing was lost; then `action` is "ok".
+    If the connection is lost within a replay, the next SessionResumed tells what is left of it."""
+
+    stream: int
+    action: ResumeAction
+    replay: Replay | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,6 +254,23 @@ class StreamWindow:
 
 
 @dataclass(frozen=True, slots=True)
+class SessionDetached:
+    """The connection is gone, the session is not: it takes what the engine puts out, and waits for a RESUME.
+    It is still charged; after CloudSession.evict() give back its `kv_bytes` by TenantUsage.release."""
+
+    stream: int
+    session: CloudSession
+
+
+@dataclass(frozen=True, slots=True)
+class ResumeRequested:
+    """Nothing was checked. Answer with CloudConnection.resumed or refuse."""
+
+    stream: int
+    resume: Resume
+
+
+@dataclass(frozen=True, slots=True)
 class CanaryRequested:
     """Compare `frame` (raw F32 rows at layer `split` of `identity.canary_ids`) and answer with
     `canary_result(seq, …)`."""
@@ -232,6 +290,8 @@ EdgeEvent = (
     | CreditGranted
     | SessionClosed
     | SessionFailed
+    | SessionSuspended
+    | SessionResumed
     | StatusReceived
     | CanaryDone
     | GoingAway
@@ -244,6 +304,8 @@ CloudEvent = (
     | CancelRequested
     | CloseRequested
     | StreamWindow
+    | SessionDetached
+    | ResumeRequested
     | CanaryRequested
     | SessionFailed
     | ConnectionFailed

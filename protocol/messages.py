@@ -9,8 +9,8 @@ frame header:
 * a CANARY frame carries raw F32 rows, its split in `pos`, its number in `seq`; stream 0.
 * PING and PONG have no body; `seq` is the counter that PONG echoes.
 
-Public: Hello Welcome Reject Open Opened ResultBody StreamBody Credit Cancel Close Closed Load Status
-GoAway ErrorBody CanaryResult WireLimits.
+Public: Hello Welcome Reject Open Opened Resume Resumed ResultBody StreamBody Credit Cancel Close Closed Load
+Status GoAway ErrorBody CanaryResult WireLimits.
 """
 
 from __future__ import annotations
@@ -41,6 +41,9 @@ Name = Annotated[str, Field(max_length=256)]
 Text = Annotated[str, Field(max_length=4096)]
 Seconds = Annotated[float, Field(ge=0)]
 Finish = Literal["stop", "length"]
+ResumeAction = Literal["ok", "replay", "rebuild"]
+SessionId = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+RowDigest = Annotated[str, Field(pattern=r"^([0-9a-f]{32})?$")]
 TopTokens = tuple[tuple[U32, float], ...]
 
 MAX_PRIORITY: Final = 10
@@ -136,7 +139,8 @@ class Open(Message):
     `shape` "prefix": the cloud samples, "u": it returns the final hidden rows. K = 0 in the prefix shape
     is offload: after the FINAL step the cloud goes on by itself and sends STREAM frames.
     `max_context` bounds the rows the session's KV may ever hold (prompt_tokens + max_tokens must fit).
-    `context_ids` are the prompt's token ids, only where sampling needs them (rule 10).
+    `context_ids` are the prompt's token ids, only where sampling needs them (rule 10). A session that goes on
+    with another's answer keeps its prompt_tokens; the ids beyond are the tokens emitted so far.
     `priority`: where sessions compete for the cloud's steps and pages, the higher goes first.
     """
 
@@ -174,11 +178,46 @@ class Opened(Message):
     """cloud → edge. `credits`: rows the edge may have sent in this epoch, counted from its start (never
     less than WELCOME's initial_credits_rows). `chunk_rows`: the largest n_tok the cloud likes."""
 
-    session_id: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+    session_id: SessionId
     resume_token: Text = ""
     cached_rows: U32 = 0
     credits: Annotated[int, Field(ge=1, le=2**53)]
     chunk_rows: Annotated[int, Field(ge=1, le=2**16 - 1)]
+
+
+class Resume(Message):
+    """edge → cloud, on a new stream of a new connection: go on with a session whose connection is gone.
+
+    `attempt` grows with each RESUME of the session. `next_index`: the first token not yet received,
+    `last_seq`: the newest step sent. `rows` and `digest`: the edge's digest chain after that step.
+    """
+
+    session_id: SessionId
+    resume_token: Text
+    attempt: Annotated[int, Field(ge=1, le=2**53)]
+    next_index: U32
+    last_seq: Count
+    rows: U32
+    digest: RowDigest
+
+
+class Resumed(Message):
+    """cloud → edge, in the new epoch. `seq`: the newest step taken; `kv_len` rows are held, `rows` and
+    `digest` are the cloud's chain over the uploaded ones. `credits`: rows that may be sent in this epoch now.
+
+    `action` "ok": nothing was lost. "replay": the steps after `seq` are to be sent again. "rebuild": the
+    rows differ, all are to be sent again, the first with TRUNCATE to 0.
+    """
+
+    epoch: U32
+    seq: Count
+    kv_len: U32
+    rows: U32
+    digest: RowDigest
+    action: ResumeAction
+    credits: Count
+    chunk_rows: Annotated[int, Field(ge=1, le=2**16 - 1)]
+    resume_token: Text
 
 
 class _Tokens(Message):
@@ -255,10 +294,13 @@ class Closed(Message):
 
 
 class Status(Message):
-    """cloud → edge, unasked, every few seconds: load, and the seq of the newest PING as an echo."""
+    """cloud → edge, unasked: load, the seq of the newest PING as an echo, and the bytes that have come in on
+    this connection. While an upload fills every buffer on the way, no PING gets through; growing bytes show
+    that the link is slow, not dead."""
 
     load: Load
     echo: Count = 0
+    received: Count = 0
 
 
 class GoAway(Message):

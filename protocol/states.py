@@ -1,9 +1,9 @@
 """Every state a session (and a connection) can be in, on either end, and every transition: one table each.
 
     edge   IDLE → OPENING → PREFILL → DECODE → CLOSING → CLOSED
-           (issue C: a loss leads to SUSPENDED → RESUMING → {PREFILL, DECODE, REBUILD} … → LOCAL)
+           a lost connection leads to SUSPENDED → RESUMING → DECODE
     cloud  NEW → OPENING → ACTIVE → CLOSING → CLOSED
-           (issue C: a loss leads to DETACHED → {ACTIVE, EVICTED})
+           a lost connection leads to DETACHED → {ACTIVE, EVICTED}
 
 A pair that is not in its table is illegal: `advance` raises SequenceError and changes nothing. Pairs that
 look pointless are there because messages cross on the wire: a RESULT may meet a CANCEL half way, and
@@ -27,11 +27,8 @@ class EdgeState(StrEnum):
     DECODE = "decode"  # the first output is here
     CLOSING = "closing"  # CANCEL or CLOSE sent; whatever still arrives is dropped
     CLOSED = "closed"
-    # Issue C.
     SUSPENDED = "suspended"  # the connection is gone, the history is not
     RESUMING = "resuming"  # RESUME sent on a new connection
-    REBUILD = "rebuild"  # the cloud lost the KV: rows are replayed
-    LOCAL = "local"  # the edge finishes alone
 
 
 class EdgeInput(StrEnum):
@@ -49,26 +46,10 @@ class EdgeInput(StrEnum):
     RECV_CLOSED = "recv_closed"
     ERROR = "error"  # ERROR came or went, for this stream or the connection
     LOST = "lost"  # the connection is gone for good
-    # Issue C.
-    SUSPEND = "suspend"
+    SUSPEND = "suspend"  # the connection is gone, the session goes on elsewhere
     SEND_RESUME = "send_resume"
     RECV_RESUMED = "recv_resumed"
-    RECV_REBUILD = "recv_rebuild"
-    REBUILT = "rebuilt"
-    GO_LOCAL = "go_local"
 
-
-EDGE_RESERVED: Final = frozenset(
-    {
-        EdgeInput.SUSPEND,
-        EdgeInput.SEND_RESUME,
-        EdgeInput.RECV_RESUMED,
-        EdgeInput.RECV_REBUILD,
-        EdgeInput.REBUILT,
-        EdgeInput.GO_LOCAL,
-    }
-)
-"""Inputs whose rows are laid out below and which nothing fires before issue C."""
 
 _S, _I = EdgeState, EdgeInput
 
@@ -111,27 +92,19 @@ EDGE_TABLE: Final[Mapping[tuple[EdgeState, EdgeInput], EdgeState]] = {
     (_S.CLOSING, _I.LOST): _S.CLOSED,
     (_S.CLOSED, _I.SEND_CANCEL): _S.CLOSED,
     (_S.CLOSED, _I.SEND_CLOSE): _S.CLOSED,
-    # Issue C: resume, rebuild, finish alone.
-    (_S.OPENING, _I.SUSPEND): _S.SUSPENDED,
+    # Resume. A replay is part of DECODE.
     (_S.PREFILL, _I.SUSPEND): _S.SUSPENDED,
     (_S.DECODE, _I.SUSPEND): _S.SUSPENDED,
     (_S.RESUMING, _I.SUSPEND): _S.SUSPENDED,
-    (_S.REBUILD, _I.SUSPEND): _S.SUSPENDED,
     (_S.SUSPENDED, _I.SEND_RESUME): _S.RESUMING,
-    (_S.SUSPENDED, _I.SEND_OPEN): _S.REBUILD,
-    (_S.SUSPENDED, _I.GO_LOCAL): _S.LOCAL,
     (_S.SUSPENDED, _I.SEND_CANCEL): _S.CLOSED,
+    (_S.SUSPENDED, _I.SEND_CLOSE): _S.CLOSED,
     (_S.RESUMING, _I.RECV_RESUMED): _S.DECODE,
-    (_S.RESUMING, _I.RECV_REBUILD): _S.REBUILD,
-    (_S.RESUMING, _I.GO_LOCAL): _S.LOCAL,
-    (_S.RESUMING, _I.SEND_CANCEL): _S.CLOSING,
-    (_S.REBUILD, _I.SEND_STEP): _S.REBUILD,  # a replay is no draft: VERIFY waits until it is done
-    (_S.REBUILD, _I.REBUILT): _S.DECODE,
-    (_S.REBUILD, _I.GO_LOCAL): _S.LOCAL,
-    (_S.REBUILD, _I.SEND_CANCEL): _S.CLOSING,
-    (_S.DECODE, _I.GO_LOCAL): _S.LOCAL,
-    (_S.LOCAL, _I.SEND_CANCEL): _S.CLOSED,
-    (_S.LOCAL, _I.SEND_CLOSE): _S.CLOSED,
+    (_S.RESUMING, _I.SEND_CANCEL): _S.CLOSING,  # CANCEL goes out once the cloud has told the new epoch
+    (_S.RESUMING, _I.SEND_CLOSE): _S.CLOSING,
+    (_S.RESUMING, _I.ERROR): _S.CLOSED,
+    (_S.RESUMING, _I.LOST): _S.CLOSED,
+    (_S.CLOSING, _I.RECV_RESUMED): _S.CLOSING,
 }
 
 
@@ -141,8 +114,7 @@ class CloudState(StrEnum):
     ACTIVE = "active"
     CLOSING = "closing"  # CANCEL or CLOSE came; late STEPs and late engine output are dropped
     CLOSED = "closed"
-    # Issue C.
-    DETACHED = "detached"  # the connection is gone, the KV is kept for 120 s
+    DETACHED = "detached"  # the connection is gone, the KV is kept for a while
     EVICTED = "evicted"  # the KV is gone: `unknown_session`
 
 
@@ -162,14 +134,10 @@ class CloudInput(StrEnum):
     SEND_CLOSED = "send_closed"
     ERROR = "error"
     LOST = "lost"
-    # Issue C.
     DETACH = "detach"
     RECV_RESUME = "recv_resume"
     EVICT = "evict"
 
-
-CLOUD_RESERVED: Final = frozenset({CloudInput.DETACH, CloudInput.RECV_RESUME, CloudInput.EVICT})
-"""Inputs whose rows are laid out below and which nothing fires before issue C."""
 
 _C, _J = CloudState, CloudInput
 
@@ -205,9 +173,8 @@ CLOUD_TABLE: Final[Mapping[tuple[CloudState, CloudInput], CloudState]] = {
     (_C.CLOSING, _J.SEND_CLOSED): _C.CLOSED,
     (_C.CLOSING, _J.ERROR): _C.CLOSED,
     (_C.CLOSING, _J.LOST): _C.CLOSED,
-    # Issue C: resume.
+    # Resume. A second connection fences the first: it detaches the session, then takes it.
     (_C.ACTIVE, _J.DETACH): _C.DETACHED,
-    (_C.ACTIVE, _J.RECV_RESUME): _C.ACTIVE,  # a second connection fences the first
     (_C.DETACHED, _J.RECV_RESUME): _C.ACTIVE,
     (_C.DETACHED, _J.SEND_RESULT): _C.DETACHED,  # a step finished after the loss: kept for the resend
     (_C.DETACHED, _J.SEND_STREAM): _C.DETACHED,

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from isthmus.protocol.activations import RowCodec, RowFormat
+from isthmus.protocol.cloud_session import CloudSession
 from isthmus.protocol.edge_session import EdgeSession
-from isthmus.protocol.events import CancelRequested, CloseRequested, StepReceived
+from isthmus.protocol.events import CancelRequested, CloseRequested, Replay, StepReceived
 from isthmus.protocol.frames import MsgType
 from isthmus.protocol.limits import Limits
 from isthmus.protocol.messages import Finish
@@ -24,12 +25,12 @@ LIMITS = Limits(
 )
 MAX_TOKENS, MAX_CONTEXT = 6, 20
 CODEC = RowCodec(RowFormat.F32, HIDDEN)
-# OPEN and OPENED begin a stream; everything after may be repeated without harm.
-NEVER_REPEATED = {MsgType.OPEN, MsgType.OPENED}
+# These begin a stream; everything after may be repeated without harm.
+NEVER_REPEATED = {MsgType.OPEN, MsgType.OPENED, MsgType.RESUME, MsgType.RESUMED}
 
 
-def token_of(stream: int, index: int) -> int:
-    return (31 * stream + 7 * index) % VOCAB
+def token_of(number: int, index: int) -> int:
+    return (31 * number + 7 * index) % VOCAB
 
 
 def content_of_cache(row: int) -> int:
@@ -39,8 +40,9 @@ def content_of_cache(row: int) -> int:
 
 @dataclass
 class Conversation:
-    """What the test knows of one session on both sides."""
+    """What the test knows of one session on both sides. `number` is its own whatever connection it is on."""
 
+    number: int
     core: EdgeSession
     kind: str
     prompt: int
@@ -54,10 +56,18 @@ class Conversation:
     closing: bool = False
     closed: bool = False
     expected_rows: deque[list[int]] = field(default_factory=deque)
+    replay: Replay | None = None  # what the edge is to send again
+    failed: bool = False  # over on the edge without CLOSED
+    session: CloudSession | None = None  # the cloud's half, while there is one
+    evicted: bool = False
 
     @property
     def stream(self) -> int:
         return self.core.stream
+
+    @property
+    def session_id(self) -> str:
+        return f"{self.number:032x}"
 
     @property
     def first_pos(self) -> int:
@@ -70,11 +80,11 @@ class Conversation:
         return MAX_CONTEXT if self.kind == "u" else self.prompt - 1 + MAX_TOKENS
 
 
-def drawn_along(stream: int, index: int, drafts: Sequence[int]) -> list[int]:
+def drawn_along(number: int, index: int, drafts: Sequence[int]) -> list[int]:
     """The tokens of a draft chain up to the first that differs, or the answer's end."""
     tokens: list[int] = []
     for at in range(len(drafts)):
-        tokens.append(token_of(stream, index + at))
+        tokens.append(token_of(number, index + at))
         if finish_at(index + at) or tokens[-1] != (*drafts[1:], None)[at]:
             break
     return tokens

@@ -12,7 +12,6 @@ from isthmus.protocol.cloud_connection import CanaryCache, CloudConnection
 from isthmus.protocol.errors import (
     CodecError,
     FrameError,
-    NotFoundError,
     OverloadedError,
     RejectedError,
     RequestError,
@@ -21,6 +20,7 @@ from isthmus.protocol.errors import (
 from isthmus.protocol.events import (
     CanaryRequested,
     ConnectionFailed,
+    SessionDetached,
     SessionFailed,
     SessionOpenRequested,
     StepReceived,
@@ -42,6 +42,7 @@ from isthmus.protocol.messages import (
     Reject,
     Welcome,
 )
+from isthmus.protocol.states import CloudState
 from tests.protocol.cloud_side import (
     active,
     failure,
@@ -93,11 +94,16 @@ def test_transcript_with_trailing_data_or_cut_short(transcript: Transcript) -> N
         text = message.decode("latin1")
         for broken in (message + b"\0", message[:-1], message[: HEADER_BYTES - 1], b"", text):
             cloud = play(transcript, number)
-            live = list(cloud.sessions)
-            *failed, last = cloud.receive(broken, 1.0)
+            live = dict(cloud.sessions)
+            *ended, last = cloud.receive(broken, 1.0)
             assert isinstance(last, ConnectionFailed)
             assert isinstance(last.error, FrameError)
-            assert failed == [SessionFailed(stream, last.error) for stream in live]
+            assert ended == [
+                SessionDetached(stream, session)
+                if session.state is CloudState.DETACHED
+                else SessionFailed(stream, last.error)
+                for stream, session in live.items()
+            ]
             (error,) = sent(cloud)
             assert parse_json(error, ErrorBody).fatal
             assert cloud.is_closed
@@ -216,16 +222,6 @@ def test_messages_for_the_other_side_end_the_connection_or_the_session() -> None
     for frame in (Frame(MsgType.PONG), control(MsgType.WELCOME, "{}", stream=0, epoch=0)):
         cloud = greeted()
         assert isinstance(feed(cloud, frame)[-1], ConnectionFailed)
-
-
-def test_resume_finds_no_session() -> None:
-    cloud = greeted()
-    assert feed(cloud, control(MsgType.RESUME, '{"any":"thing"}', stream=5)) == []
-    (answer,) = sent(cloud)
-    assert answer.stream == 5
-    error = parse_json(answer, ErrorBody).to_error()
-    assert isinstance(error, NotFoundError)
-    assert error.code == "unknown_session"
 
 
 # ---- opening

@@ -57,7 +57,7 @@ from tests.protocol.transcript_lines import (
         (control(MsgType.CREDIT, '{"tokens":1}'), "bad_message"),
         (OPENED_LINE.frame, "wrong_state"),
         (control(MsgType.OPEN, "{}"), "unexpected_message"),
-        (control(MsgType.RESUMED, "{}"), "unexpected_message"),
+        (control(MsgType.RESUMED, "{}"), "bad_message"),
         (control(MsgType.CLOSE, "{}"), "unexpected_message"),
         (replace(result(0, 5, seq=1, pos=4), epoch=2), "epoch_ahead"),
     ],

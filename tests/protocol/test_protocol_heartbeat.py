@@ -76,7 +76,7 @@ def test_dead_cloud_is_found_within_three_seconds_of_its_last_byte() -> None:
     edge = welcomed()
     session = started(edge)
     assert ticks(edge, 0.0, 5.0, answer=True) == []
-    heard = edge._last_heard
+    heard = edge.last_heard
     events: list[EdgeEvent] = []
     now = 5.0
     while not events:
@@ -98,8 +98,41 @@ def test_any_message_is_a_sign_of_life_and_so_is_progress_of_a_slow_link() -> No
     assert ticks(edge, 2.1, 4.0) == []
     edge.progress(4.0)
     edge.progress(1.0)
-    assert ticks(edge, 4.1, 6.4) == []
-    assert isinstance(ticks(edge, 6.5, 6.5)[-1], ConnectionFailed)
+    assert ticks(edge, 4.1, 6.2) == []
+    assert isinstance(ticks(edge, 6.3, 6.3)[-1], ConnectionFailed)
+
+
+def status(received: int) -> Frame:
+    return control(MsgType.STATUS, f'{{"load":{{}},"received":{received}}}', stream=0, epoch=0)
+
+
+def test_a_cloud_that_talks_and_gets_nothing_is_behind_a_dead_link() -> None:
+    """Half a link: STATUS comes, no PING arrives there. Within 3 s of the last byte that did, it counts as
+    dead."""
+    edge = welcomed()
+    started(edge)
+    assert ticks(edge, 0.0, 2.0, answer=True) == []
+    feed(edge, status(900), 2.0)  # bytes that were on their way at the cut
+    events: list[EdgeEvent] = []
+    now = 2.0
+    while not events and now < 9:
+        now = round(now + 0.1, 1)
+        if not round(now * 10) % 5:
+            feed(edge, status(900), now)
+        events = edge.on_tick(now)
+    assert isinstance(events[-1], ConnectionFailed)
+    assert events[-1].error.code == "cloud_silent"
+    assert now - 2.0 <= 2.5
+
+
+def test_bytes_that_arrive_there_show_a_slow_link_that_lives() -> None:
+    """A long upload fills every buffer: no PONG for a minute, but what has come in keeps growing."""
+    edge = welcomed()
+    started(edge)
+    for half_seconds in range(1, 120):
+        now = half_seconds / 2
+        feed(edge, status(1000 * half_seconds), now)
+        assert ticks(edge, now, now + 0.4) == []
 
 
 def test_a_sleep_of_this_side_proves_nothing_against_the_cloud() -> None:

@@ -28,6 +28,8 @@ from isthmus.protocol.messages import (
     Opened,
     Reject,
     ResultBody,
+    Resume,
+    Resumed,
     Status,
     StreamBody,
     Welcome,
@@ -51,7 +53,7 @@ GOLDEN: list[tuple[MsgType, BaseModel, str]] = [
         f'{{"version":1,"identity":{IDENTITY_JSON},"match":"equal","cloud_precision":"fp32",'
         '"limits":{"max_message_bytes":8388608,"max_control_bytes":262144,"max_rows_per_step":512,'
         '"max_tokens_per_session":8192,"max_sessions":64,"initial_credits_rows":2048,'
-        '"stream_window_tokens":256,"heartbeat_s":1.0,"dead_after_s":2.5},"server":"","num_layers":4,'
+        '"stream_window_tokens":256,"heartbeat_s":1.0,"dead_after_s":2.3},"server":"","num_layers":4,'
         '"hidden":8,"vocab_size":100,"context_length":512,"row_formats":["f32","bf16","int8o"],"kl":{},'
         '"profile":{},"load":{"queue":0,"running":0,"kv_total_pages":0,"kv_free_pages":0,'
         '"kv_cached_pages":0,"rows_computed":0},"canary_passed":[2]}',
@@ -60,6 +62,34 @@ GOLDEN: list[tuple[MsgType, BaseModel, str]] = [
         MsgType.REJECT,
         Reject(code="c", message="m", retry_after_s=1.5),
         '{"code":"c","message":"m","hint":"","retry_after_s":1.5}',
+    ),
+]
+RESUME = Resume(
+    session_id=SESSION_ID, resume_token="t", attempt=2, next_index=3, last_seq=4, rows=5, digest="0f" * 16
+)
+RESUMED = Resumed(
+    epoch=2,
+    seq=4,
+    kv_len=6,
+    rows=5,
+    digest="0f" * 16,
+    action="ok",
+    credits=7,
+    chunk_rows=8,
+    resume_token="t2",
+)
+GOLDEN += [
+    (
+        MsgType.RESUME,
+        RESUME,
+        f'{{"session_id":"{SESSION_ID}","resume_token":"t","attempt":2,"next_index":3,"last_seq":4,"rows":5,'
+        f'"digest":"{"0f" * 16}"}}',
+    ),
+    (
+        MsgType.RESUMED,
+        RESUMED,
+        f'{{"epoch":2,"seq":4,"kv_len":6,"rows":5,"digest":"{"0f" * 16}","action":"ok","credits":7,'
+        '"chunk_rows":8,"resume_token":"t2"}',
     ),
 ]
 EXAMPLES: list[Message] = [
@@ -81,7 +111,8 @@ EXAMPLES: list[Message] = [
 
 @pytest.mark.parametrize(("msg_type", "model", "text"), GOLDEN, ids=lambda v: getattr(v, "name", ""))
 def test_golden_json_both_directions(msg_type: MsgType, model: BaseModel, text: str) -> None:
-    frame = json_frame(msg_type, model)
+    stream = int(msg_type in (MsgType.RESUME, MsgType.RESUMED))
+    frame = json_frame(msg_type, model, stream=stream)
     assert frame.body.decode() == text
     assert parse_json(decode_frame(encode_frame(frame), max_body=1 << 20), type(model)) == model
 
@@ -113,6 +144,11 @@ def test_messages_are_frozen(model: Message) -> None:
         (GoAway, '{"deadline_s":-1}'),
         (Opened, '{"session_id":"xyz","credits":1,"chunk_rows":1}'),
         (Opened, f'{{"session_id":"{SESSION_ID}\\n","credits":1,"chunk_rows":1}}'),
+        (Resume, RESUME.model_dump_json().replace('"attempt":2', '"attempt":0')),
+        (Resume, RESUME.model_dump_json().replace("0f0f", "0F0F")),
+        (Resume, RESUME.model_dump_json().replace(SESSION_ID, SESSION_ID[1:])),
+        (Resumed, RESUMED.model_dump_json().replace('"ok"', '"fine"')),
+        (Resumed, RESUMED.model_dump_json().replace('"credits":7', '"credits":-7')),
         (ErrorBody, '{"kind":"nonsense","code":"c","message":"m"}'),
         (ResultBody, '{"first_index":0,"tokens":[1,2],"logprobs":[-1.0]}'),
         (StreamBody, '{"first_index":0,"tokens":[],"top":[[[1,-1.0]]]}'),

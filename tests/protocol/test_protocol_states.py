@@ -1,4 +1,4 @@
-"""The tables: closed, reachable, and silent about what nothing may do; the outbox and the tenant's ledger."""
+"""The tables: closed, reachable, and silent about what nothing may do; and the outbox."""
 
 from __future__ import annotations
 
@@ -10,14 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from isthmus.protocol.errors import OverloadedError, SequenceError
-from isthmus.protocol.limits import Limits, TenantUsage
+from isthmus.protocol.errors import SequenceError
 from isthmus.protocol.outbox import Outbox
 from isthmus.protocol.states import (
-    CLOUD_RESERVED,
     CLOUD_TABLE,
     CONNECTION_TABLE,
-    EDGE_RESERVED,
     EDGE_TABLE,
     CloudInput,
     CloudState,
@@ -85,17 +82,20 @@ def test_advance_is_the_table_and_nothing_else(
                 assert caught.value.code == "wrong_state"
 
 
-def test_reserved_inputs_are_laid_out_for_issue_c() -> None:
-    later = {EdgeState.SUSPENDED, EdgeState.RESUMING, EdgeState.REBUILD, EdgeState.LOCAL}
-    for (before, happened), after in EDGE_TABLE.items():
-        assert (happened in EDGE_RESERVED) or before in later or after not in later
-    kept = {CloudState.DETACHED, CloudState.EVICTED}
-    for (old, heard), new in CLOUD_TABLE.items():
-        assert (heard in CLOUD_RESERVED) or old in kept or new not in kept
+def test_a_loss_leads_back_or_to_an_end_and_nowhere_else() -> None:
+    from_suspended = {after for (before, _), after in EDGE_TABLE.items() if before is EdgeState.SUSPENDED}
+    assert from_suspended == {EdgeState.RESUMING, EdgeState.CLOSED}
+    before_suspended = {old for (old, _), new in EDGE_TABLE.items() if new is EdgeState.SUSPENDED}
+    assert before_suspended == {EdgeState.PREFILL, EdgeState.DECODE, EdgeState.RESUMING}
+    from_detached = {after for (before, _), after in CLOUD_TABLE.items() if before is CloudState.DETACHED}
+    assert from_detached == {CloudState.DETACHED, CloudState.ACTIVE, CloudState.EVICTED}
+    assert [old for (old, _), new in CLOUD_TABLE.items() if new is CloudState.EVICTED] == [
+        CloudState.DETACHED
+    ]
 
 
 def test_every_live_state_ends_on_error_and_loss() -> None:
-    for edge_state in (EdgeState.OPENING, EdgeState.PREFILL, EdgeState.DECODE, EdgeState.CLOSING):
+    for edge_state in set(EdgeState) - {EdgeState.IDLE, EdgeState.SUSPENDED, EdgeState.CLOSED}:
         for edge_input in (EdgeInput.ERROR, EdgeInput.LOST):
             assert EDGE_TABLE[edge_state, edge_input] is EdgeState.CLOSED
     for cloud_state in (CloudState.OPENING, CloudState.ACTIVE, CloudState.CLOSING):
@@ -182,29 +182,3 @@ def test_outbox_keeps_order_within_a_stream_and_counts_its_bytes(
     for stream in (1, 2, 3):
         order = [int(m.split(b":")[1]) for m in taken + rest if m.startswith(b"%d:" % stream)]
         assert order == sorted(order)
-
-
-# ---- the tenant's ledger
-
-
-def test_usage_counts_sessions_and_bytes_and_charges_nothing_on_refusal() -> None:
-    usage = TenantUsage(max_sessions=2, max_kv_bytes=100)
-    usage.admit(60)
-    with pytest.raises(OverloadedError, match="holds 60 of its quota of 100") as too_big:
-        usage.admit(41)
-    assert too_big.value.code == "tenant_kv_bytes"
-    usage.admit(40)
-    with pytest.raises(OverloadedError, match="2 sessions open, its quota is 2") as too_many:
-        usage.admit(0)
-    assert too_many.value.code == "tenant_sessions"
-    usage.release(60)
-    usage.release(40)
-    assert (usage.num_sessions, usage.kv_bytes) == (0, 0)
-
-
-def test_wire_limits_tell_the_smaller_session_count() -> None:
-    assert Limits(max_sessions=3, max_sessions_per_tenant=9).wire().max_sessions == 3
-    assert Limits(max_sessions=9, max_sessions_per_tenant=3).wire().max_sessions == 3
-    assert TenantUsage.from_limits(Limits(max_sessions_per_tenant=7, max_kv_bytes_per_tenant=8)) == (
-        TenantUsage(7, 8)
-    )

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from isthmus.protocol.canaries import CanaryCache
-from isthmus.protocol.errors import IsthmusError, OverloadedError, RejectedError, RequestError
+from isthmus.protocol.errors import IsthmusError, OverloadedError, RejectedError, RequestError, SequenceError
 from isthmus.protocol.events import (
     CanaryDone,
     CanaryRequested,
@@ -140,6 +140,11 @@ def test_rule_9_at_least_one_row_is_computed_whatever_is_cached() -> None:
         ({"context_ids": (1, 2, 3, 4)}, "context_ids_refused"),
         ({"sampling": PENALTY, "context_ids": (1, 2, 3, 4), "shape": "u"}, "context_ids_refused"),
         ({"sampling": PENALTY, "context_ids": (1, 2, 3, 4)}, None),
+        (
+            {"sampling": PENALTY, "context_ids": (1,) * 11},
+            None,
+        ),  # seven of eight tokens were emitted elsewhere
+        ({"sampling": PENALTY, "context_ids": (1,) * 12}, "bad_context_ids"),
         ({"sampling": PENALTY, "split": 0}, None),
         ({"sampling": PENALTY, "shape": "u"}, None),
     ],
@@ -222,3 +227,32 @@ def _zstd_fields() -> tuple[Any, ...]:
 
     data = RowCodec(RowFormat.F32, HIDDEN).encode(np.zeros((4, HIDDEN), np.float32))
     return data.dtype, data.codec, data.raw_len, data.body
+
+
+def test_a_session_that_was_told_the_tokens_so_far_begins_with_the_next_one() -> None:
+    for n in (4, 5, 7):
+        pair = connected()
+        session = opened(pair, sampling=PENALTY, context_ids=(1, 2, 3, 4, 50, 51))
+        with pytest.raises(SequenceError, match="the context ends before token 2") as caught:
+            session.step_rows(encoded(n), 0, n, final=True)
+        assert caught.value.code == "bad_output_index"
+    session.step_rows(encoded(6), 0, 6, final=True)
+    pair.up()
+    pair.cloud.result_tokens(1, [60], kv_len=6)
+    pair.down()
+    assert session.next_index == 3
+    pair.edge_events.clear()
+    session.step_rows(encoded(2, 6), 6, 2, final=True)  # afterwards the order is the edge's affair
+    (event,) = pair.up()
+    assert isinstance(event, StepReceived)
+    assert event.next_index == 4
+
+
+def test_the_cloud_checks_the_beginning_too() -> None:
+    pair = connected()
+    session = opened(pair, sampling=PENALTY, context_ids=(1, 2, 3, 4, 50))
+    session.step_rows(encoded(5), 0, 5, final=True)
+    (message,) = pair.edge.data_to_send()
+    (event,) = pair.inject_up(parse(message), n_tok=4, raw_len=4 * 32, body=parse(message).body[: 4 * 32])
+    assert isinstance(event, SessionFailed)
+    assert event.error.code == "bad_output_index"

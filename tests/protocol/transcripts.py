@@ -322,12 +322,12 @@ BESIDE = (
         control(
             MsgType.STATUS,
             '{"load":{"queue":1,"running":2,"kv_total_pages":10,"kv_free_pages":7,"kv_cached_pages":1,'
-            '"rows_computed":99},"echo":1}',
+            '"rows_computed":99},"echo":1,"received":512}',
             stream=0,
             epoch=0,
         ),
-        (StatusReceived(Status(load=LOAD, echo=1)),),
-        cloud=lambda c: c.status(LOAD),
+        (StatusReceived(Status(load=LOAD, echo=1, received=512)),),
+        cloud=lambda c: c.status(LOAD, 512),
     ),
     Line(
         CANARY_FRAME,
