@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
@@ -29,7 +29,8 @@ _GREEDY: Final = SamplingParams(temperature=0.0)
 class EngineOpen:
     """What the engine must know of a session. `split` is K, the entry layer; `offer` the (number of tokens,
     digest) pairs to look up in `tenant`'s prefix cache; `max_context` the most rows its KV may hold. Of
-    sessions that compete, those of a higher `priority` go first."""
+    sessions that compete, those of a higher `priority` go first. `context_ids` beyond the prompt are the
+    output of an earlier session that this one goes on with: as many as the index drawn first."""
 
     split: int
     shape: Literal["prefix", "u"]
@@ -167,20 +168,24 @@ class EngineSession:
         self.due: deque[Due] = deque()
         # Spans of steps that owe nothing, by which credits go back; an output step's go with its RESULT.
         self._plain: deque[tuple[int, int]] = deque()
-        self.tokens: list[tuple[int, int]] = []  # (output index, token), what the penalties count
+        # (output index, token): the output that the penalties count.
+        self.tokens = list(enumerate((request.context_ids or ())[request.prompt_tokens :]))
         self.stream_limit = request.stream_window
         self.num_streamed = 0
         self.paused_token: int | None = None
         self._counts: TokenCounts | None = None
 
-    def _context(self) -> TokenCounts | None:
-        """What penalties count: the prompt (as told, or as received where rows are ids) and the output."""
+    def _context(self, num_output: int) -> TokenCounts | None:
+        """What penalties count before output `num_output` is drawn: the ids as told or, where rows are ids,
+        as received."""
         if self._counts is None and self.request.sampling.needs_context:
-            prompt: Iterable[int] | None = self.request.context_ids
-            if prompt is None and self.request.split == 0:
-                prompt = self.history[: self.request.prompt_tokens].tolist()
-            if prompt is not None:
-                self._counts = TokenCounts(prompt, [token for _, token in self.tokens])
+            num_prompt = self.request.prompt_tokens
+            told: Sequence[int] | None = self.request.context_ids
+            if told is None and self.request.split == 0:
+                told = self.history[: num_prompt + num_output].tolist()
+                self.tokens = list(enumerate(told[num_prompt:]))
+            if told is not None:
+                self._counts = TokenCounts(told[:num_prompt], [token for _, token in self.tokens])
         return self._counts
 
     def add_rows(self, rows: Rows | Ids, output: OutputRows, drafts: tuple[int, ...] = ()) -> None:
@@ -237,7 +242,8 @@ class EngineSession:
                 self._plain.append((start, to))
         # The token of index i was drawn from row prompt_tokens + i - 1, which is gone if it is >= to.
         kept = [one for one in self.tokens if self.request.prompt_tokens + one[0] <= to]
-        if len(kept) < len(self.tokens):
+        # Rows that are ids may come back as other ids: what was sampled before is no longer what counts.
+        if len(kept) < len(self.tokens) or self.request.split == 0:
             self.tokens = kept
             self._counts = None
         self.paused_token = None
@@ -273,8 +279,8 @@ class EngineSession:
             IsthmusError: the logits are not finite, or penalties lack the tokens to count.
         """
         request = self.request
-        counts = self._context()
         first = due.start + 1 - request.prompt_tokens
+        counts = self._context(first)
         num_counted = self.tokens[-1][0] + 1 if self.tokens else 0
         if counts is not None and first != num_counted:
             raise RequestError(

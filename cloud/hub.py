@@ -1,19 +1,22 @@
-"""What all connections of one cloud share: the engine, limits, keys, quotas, and the drain."""
+"""What all connections of one cloud share: the engine, its sessions, limits, keys, quotas, and the drain."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final
 
-from isthmus.cloud.auth import KeyFile
+from isthmus.cloud.drain import Drain
 from isthmus.cloud.engine import Engine
+from isthmus.cloud.resume import Resumes
+from isthmus.cloud.sessions import Sessions
 from isthmus.cloud.telemetry import Telemetry, get_log
 from isthmus.protocol.cloud_connection import CanaryCache, ServerInfo
-from isthmus.protocol.errors import ConfigError, OverloadedError, RejectedError
+from isthmus.protocol.errors import ConfigError, RejectedError
+from isthmus.protocol.keys import KeyFile, KeyRing
 from isthmus.protocol.limits import Limits, TenantUsage
 from isthmus.protocol.messages import Load
 
@@ -21,7 +24,9 @@ if TYPE_CHECKING:
     from isthmus.cloud.connection import Peer
 
 TICK_S: Final = 0.25
-_TICKS_PER_STATUS: Final = 8
+# STATUS tells an edge that uploads, among other things, that its bytes arrive (see messages.Status).
+_TICKS_PER_STATUS: Final = 2
+_TICKS_PER_IDLE_STATUS: Final = 8
 _TICKS_PER_KEY_CHECK: Final = 8
 # A stuck step turns /readyz to 503 well within 5 s.
 STUCK_AFTER_S: Final = 3.0
@@ -46,36 +51,17 @@ class Hub:
         # Large bodies are decoded here, so that zstd and int8 never hold up another edge's ping.
         self.decoders = ThreadPoolExecutor(2, thread_name_prefix="isthmus-decode")
         self._usages: dict[str, TenantUsage] = {}
-        self._drain_until_s: float | None = None
-        self._idle = asyncio.Event()
-
-    # ---- admission
+        self.drain = Drain()
+        self.sessions = Sessions(self)
+        self.resumes = Resumes(self)
 
     def usage(self, tenant: str) -> TenantUsage:
-        return self._usages.setdefault(tenant, TenantUsage.from_limits(self.limits))
-
-    @property
-    def num_sessions(self) -> int:
-        return sum(len(peer.core.sessions) for peer in self.peers)
-
-    def check_session(self) -> None:
-        """OverloadedError for a session beyond the cloud's own limit, or while it drains."""
-        if self.draining:
-            raise OverloadedError(
-                "the cloud is shutting down", code="draining", hint="use another cloud", retry_after_s=5.0
-            )
-        if self.num_sessions > self.limits.max_sessions:
-            raise OverloadedError(
-                f"{self.limits.max_sessions} sessions are open on this cloud, which is its limit",
-                code="cloud_full",
-                hint="try again later",
-            )
-
-    def refusal(self) -> RejectedError | None:
-        """Why a new connection gets REJECT, if it does."""
-        if self.draining:
-            return RejectedError("the cloud is shutting down", code="draining", retry_after_s=5.0)
-        return None
+        usage = self._usages.get(tenant)
+        if usage is None:
+            usage = self._usages[tenant] = TenantUsage.from_limits(self.limits)
+            # Sessions that nobody may ever come back for make room for one whose edge is here.
+            usage.make_room = partial(self.sessions.evict_oldest_detached, tenant)
+        return usage
 
     def load(self) -> Load:
         stats = self.engine.stats()
@@ -92,7 +78,7 @@ class Hub:
 
     def unready_reason(self) -> str | None:
         """Why /readyz answers 503, or None."""
-        if self.draining:
+        if self.drain.begun:
             return "draining"
         stuck = self.engine.stuck_for_s()
         if stuck == float("inf"):
@@ -109,17 +95,18 @@ class Hub:
         while True:
             await asyncio.sleep(TICK_S)
             ticks += 1
-            self.tick(monotonic(), status=ticks % _TICKS_PER_STATUS == 0)
+            self.tick(monotonic(), ticks)
             if ticks % _TICKS_PER_KEY_CHECK == 0:
                 self._check_keys()
 
-    def tick(self, now: float, *, status: bool) -> None:
-        """Passes the time on to every connection; with `status`, the load too."""
-        load = self.load() if status else None
+    def tick(self, now: float, number: int) -> None:
+        """Passes the time on to every connection, and every other time the load."""
+        load = self.load() if number % _TICKS_PER_STATUS == 0 else None
         for peer in tuple(self.peers):
-            peer.tick(now, load)
-        if self.draining:
-            self._note_idle()
+            peer.tick(now, load, idle_too=number % _TICKS_PER_IDLE_STATUS == 0)
+        self.sessions.tick(now)
+        self.telemetry.detached.set(self.sessions.num_detached)
+        self.drain.note(len(self.sessions), now)
 
     def _check_keys(self) -> None:
         before = self.keys.ring
@@ -128,39 +115,37 @@ class Hub:
         except ConfigError as error:
             self.log.error("key_file_unreadable", error=error.message)
             return
-        if after is None:
-            return
-        self.log.info("keys_reloaded", labels=len(after))
-        for peer in self._revoked(tuple(self.peers), before=before, after=after):
-            peer.fail(RejectedError("the API key was revoked", code="key_revoked"))
+        if after is not None:
+            self.log.info("keys_reloaded", labels=len(after))
+            self._revoke(before, after)
 
-    @staticmethod
-    def _revoked(peers: Iterable[Peer], *, before: Any, after: Any) -> list[Peer]:
-        return [peer for peer in peers if not before.holds(peer.tenant, after)]
+    def _revoke(self, before: KeyRing, after: KeyRing) -> None:
+        """Whose key is gone has nothing here any more: neither a connection nor a session to come back to."""
+        for peer in tuple(self.peers):
+            if not before.holds(peer.tenant, after):
+                peer.fail(RejectedError("the API key was revoked", code="key_revoked"))
+        self.sessions.evict_detached("key_revoked", lambda live: not before.holds(live.tenant, after))
 
     # ---- drain
 
-    @property
-    def draining(self) -> bool:
-        return self._drain_until_s is not None
-
-    async def drain(self, deadline_s: float) -> bool:
-        """Lets running sessions finish for up to `deadline_s`; new ones are refused from now on.
-        Returns whether all of them finished."""
-        self._drain_until_s = monotonic() + deadline_s
-        self.log.info("draining", sessions=self.num_sessions, deadline_s=deadline_s)
+    def start_drain(self, deadline_s: float, alternative: str = "") -> None:
+        """Running sessions have `deadline_s` to finish or to move, to `alternative` if it is in their edge's
+        list; nothing new is let in. `drain.wait` tells when it is over."""
+        now = monotonic()
+        if not self.drain.begin(deadline_s, alternative, now=now):
+            return
+        self.log.info("draining", sessions=len(self.sessions), deadline_s=self.drain.left_s(now))
         for peer in tuple(self.peers):
-            peer.go_away(deadline_s)
-        self._note_idle()
-        try:
-            await asyncio.wait_for(self._idle.wait(), deadline_s)
-        except TimeoutError:
-            return False
-        return True
+            self.greet(peer)
+        self.sessions.evict_detached("draining")
+        self.drain.note(len(self.sessions), now)
 
-    def _note_idle(self) -> None:
-        if self.num_sessions == 0:
-            self._idle.set()
+    def greet(self, peer: Peer) -> None:
+        """Tells an edge that the cloud drains, if it does."""
+        if self.drain.begun:
+            peer.go_away(self.drain.left_s(monotonic()), self.drain.alternative)
 
     def close(self) -> None:
+        """After the engine's end: what still waits for its edge is forgotten."""
+        self.sessions.evict_detached("stopped")
         self.decoders.shutdown(wait=False, cancel_futures=True)

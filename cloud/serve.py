@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import ssl
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -15,21 +16,26 @@ from typing import Final
 import psutil
 import torch
 
+from isthmus.cloud.admin import admin_remarks
 from isthmus.cloud.attention_cuda import varlen_obstacle
-from isthmus.cloud.auth import KeyFile, check_bind
+from isthmus.cloud.drain import DrainPolicy, check_alternative
 from isthmus.cloud.engine import Engine
 from isthmus.cloud.graphs import tune_graphs
 from isthmus.cloud.hub import Hub
 from isthmus.cloud.kv import columns_for
 from isthmus.cloud.model import CloudModel, parse_device
+from isthmus.cloud.notice import parse_notice
 from isthmus.cloud.precision import Choice, choose, decode_seconds, measured_or_known
 from isthmus.cloud.scheduler import Policy, SchedulerConfig
 from isthmus.cloud.server import CloudServer, bind
 from isthmus.cloud.telemetry import Telemetry, configure_log, get_log
+from isthmus.cloud.tls import server_context
 from isthmus.cloud.widening import tune_widening
 from isthmus.protocol.activations import RowFormat
+from isthmus.protocol.addresses import check_bind
 from isthmus.protocol.cloud_connection import ServerInfo
 from isthmus.protocol.errors import ConfigError
+from isthmus.protocol.keys import KeyFile
 from isthmus.protocol.limits import Limits
 from isthmus.splitter.checkpoint import Checkpoint, open_checkpoint
 from isthmus.splitter.manifest import make_identity
@@ -56,7 +62,7 @@ class CloudOptions:
     kv_mb: int | None = None
     scheduler: SchedulerConfig = SchedulerConfig()  # noqa: RUF009 - frozen, safe to share
     limits: Limits = Limits()  # noqa: RUF009 - frozen, safe to share
-    keys: Path | None = None
+    keys: KeyFile | None = None
 
 
 def run_cloud(
@@ -71,21 +77,51 @@ def run_cloud(
     api_key_file: str | Path | None = None,
     tls_cert: str | Path | None = None,
     tls_key: str | Path | None = None,
+    tls_client_ca: str | Path | None = None,
     insecure: bool = False,
     kv_mb: int | None = None,
     drain_s: float = 30.0,
+    alternative: str = "",
+    preemption_notice: str | None = None,
+    notice_deadline_s: float = 25.0,
+    detached_s: float | None = None,
+    tenant_sessions: int | None = None,
+    tenant_kv_mb: int | None = None,
+    tenant_tokens_per_s: float | None = None,
+    tenant_resumes_per_min: int | None = None,
     ready: Callable[[str], None] | None = None,
 ) -> None:
     """Serves until SIGTERM (drains, returns) or a second SIGINT (the process ends with 130).
+
+    `alternative`: the URL that draining edges are shown. `preemption_notice`: a file or URL that announces
+    the machine's end and leaves `notice_deadline_s`. `detached_s`: how long a session outlives its
+    connection. The quotas are per tenant, None = the default of Limits.
 
     `ready` is called once with the URL; by default the ready line of CONTRACT.md is printed. Raises
     ConfigError for what can't be bound or read, and whatever pulling and loading the model raises.
     """
     configure_log()
-    keys = Path(api_key_file) if api_key_file else None
-    if (tls_cert is None) != (tls_key is None):
-        raise ConfigError("--tls-cert and --tls-key go together", code="bad_tls", hint="give both or none")
-    check_bind(host, keys=keys is not None, tls=tls_cert is not None, insecure=insecure)
+    log = get_log()
+    has_keys, has_tls = api_key_file is not None, tls_cert is not None
+    if warning := check_bind(host, keys=has_keys, tls=has_tls, insecure=insecure):
+        log.warning("insecure", reason=warning)
+    ssl_context = _tls(tls_cert, tls_key, tls_client_ca)
+    drain_policy = DrainPolicy(
+        deadline_s=drain_s,
+        alternative=check_alternative(alternative),
+        notice=parse_notice(preemption_notice) if preemption_notice else None,
+        notice_deadline_s=notice_deadline_s,
+    )
+    limits = tenant_limits(
+        detached_s=detached_s,
+        max_sessions_per_tenant=tenant_sessions,
+        max_kv_bytes_per_tenant=None if tenant_kv_mb is None else tenant_kv_mb * MIB,
+        max_tokens_per_s_per_tenant=tenant_tokens_per_s,
+        max_resumes_per_minute_per_tenant=tenant_resumes_per_min,
+    )
+    keys = KeyFile(Path(api_key_file) if api_key_file else None)
+    for remark in (*keys.remarks(), *admin_remarks(keys.ring)):
+        log.warning("api_keys", remark=remark)
     # The port first: finding it taken after a minute of loading would be a poor joke.
     with bind(host, port) as listener:
         options = CloudOptions(
@@ -94,6 +130,7 @@ def run_cloud(
             threads=threads,
             kv_mb=kv_mb,
             scheduler=SchedulerConfig(policy=policy),
+            limits=limits,
             keys=keys,
         )
         pulled = pull(model)
@@ -109,9 +146,8 @@ def run_cloud(
                 make_hub(hub_options),
                 listener,
                 ready=ready or _print_ready,
-                drain_s=drain_s,
-                tls_cert=Path(tls_cert) if tls_cert else None,
-                tls_key=Path(tls_key) if tls_key else None,
+                policy=drain_policy,
+                ssl_context=ssl_context,
             )
             await server.run_until_stopped()
             return server.force_exit
@@ -121,6 +157,33 @@ def run_cloud(
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(INTERRUPTED)
+
+
+def _tls(
+    cert: str | Path | None, key: str | Path | None, client_ca: str | Path | None
+) -> ssl.SSLContext | None:
+    if (cert is None) != (key is None):
+        raise ConfigError("--tls-cert and --tls-key go together", code="bad_tls", hint="give both or none")
+    if cert is None or key is None:
+        if client_ca is not None:
+            raise ConfigError(
+                "--tls-client-ca without --tls-cert: client certificates need TLS",
+                code="bad_tls",
+                hint="give --tls-cert and --tls-key too",
+            )
+        return None
+    return server_context(Path(cert), Path(key), Path(client_ca) if client_ca else None)
+
+
+def tenant_limits(**given: float | None) -> Limits:
+    """Limits with those of the `given` fields that are not None. ConfigError for a negative one, and for
+    quotas of sessions, KV bytes or resumes below 1: a cloud that serves nobody."""
+    asked = {name: value for name, value in given.items() if value is not None}
+    for name, value in asked.items():
+        least = 0 if name in ("detached_s", "max_tokens_per_s_per_tenant") else 1
+        if not least <= value < float("inf"):
+            raise ConfigError(f"{name} is {value}, at least {least} is needed", code="bad_limit")
+    return replace(Limits(), **asked)  # type: ignore[arg-type]  # names and types are those of the fields
 
 
 def _print_ready(url: str) -> None:
@@ -235,6 +298,6 @@ def make_hub(prepared: Prepared) -> Hub:
         prepared.info,
         limits,
         telemetry,
-        KeyFile(options.keys),
+        options.keys or KeyFile(None),
         chunk_rows=options.scheduler.max_chunk_rows,
     )

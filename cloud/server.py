@@ -1,4 +1,4 @@
-"""The cloud's ASGI application (sessions, health, metrics) and the uvicorn server that runs it."""
+"""The cloud's ASGI application (sessions, health, metrics, drain) and the uvicorn server that runs it."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import asyncio
 import contextlib
 import signal
 import socket
-from collections.abc import AsyncIterator, Callable, Iterator
+import ssl
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from dataclasses import asdict
-from pathlib import Path
 from types import FrameType
 from typing import Any, Final
 
@@ -20,18 +20,23 @@ from starlette.routing import BaseRoute, Route, WebSocketRoute
 from starlette.types import Receive, Scope, Send
 from starlette.websockets import WebSocket
 
-from isthmus.cloud.auth import is_loopback
+from isthmus.cloud import admin
 from isthmus.cloud.connection import Peer
+from isthmus.cloud.drain import DrainPolicy
 from isthmus.cloud.hub import MAX_CONNECTIONS, Hub
+from isthmus.cloud.notice import Notice, wait_for_notice
 from isthmus.cloud.websocket import BoundedHTTPProtocol, BoundedWebSocketProtocol
+from isthmus.protocol.addresses import is_loopback
 from isthmus.protocol.errors import ConfigError, IsthmusError, OverloadedError, RejectedError
 
 SUBPROTOCOL: Final = "isthmus.v1"
 SESSION_PATH: Final = "/v1/session"
 
 
-def make_app(hub: Hub, *, only_local_hosts: bool = True) -> Starlette:
+def make_app(hub: Hub, *, policy: DrainPolicy | None = None, only_local_hosts: bool = True) -> Starlette:
     """The application of one cloud. Starts and stops the engine's thread with its lifespan.
+
+    `policy`: how it drains where the request leaves that open.
 
     `only_local_hosts`: plain requests must name a loopback host (a web page could else reach this port by
     DNS rebinding); for servers bound to loopback.
@@ -80,8 +85,14 @@ def make_app(hub: Hub, *, only_local_hosts: bool = True) -> Starlette:
             return _refuse(_unauthorised(), 401)
         answer: dict[str, Any] = asdict(hub.engine.stats())
         answer["connections"] = len(hub.peers)
+        answer["detached"] = hub.sessions.num_detached
         answer["precision"] = hub.info.cloud_precision
         return JSONResponse(answer)
+
+    async def drain(request: Request) -> Response:
+        if (error := host_error(request)) is not None:
+            return _refuse(error, 403)
+        return await admin.drain(request, hub, policy or DrainPolicy(), _refuse)
 
     async def session(scope: Scope, receive: Receive, send: Send) -> None:
         websocket = WebSocket(scope, receive, send)
@@ -95,7 +106,7 @@ def make_app(hub: Hub, *, only_local_hosts: bool = True) -> Starlette:
         await websocket.accept(subprotocol=SUBPROTOCOL)
         hub.telemetry.connections.inc()
         try:
-            await Peer(hub, tenant).run(receive, send)
+            await Peer(hub, tenant, scope["state"]["received_bytes"]).run(receive, send)
         finally:
             hub.telemetry.connections.dec()
 
@@ -104,6 +115,7 @@ def make_app(hub: Hub, *, only_local_hosts: bool = True) -> Starlette:
         Route("/readyz", readyz),
         Route("/metrics", metrics),
         Route("/v1/stats", stats),
+        Route("/admin/drain", drain, methods=["POST"]),
         WebSocketRoute(SESSION_PATH, _Endpoint(session)),
     ]
     return Starlette(routes=routes, lifespan=lifespan)
@@ -166,7 +178,8 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 class CloudServer(uvicorn.Server):
-    """uvicorn with our endings: SIGTERM drains and exits 0, a second SIGINT stops at once."""
+    """uvicorn with our endings: a drain, by SIGTERM or else, exits 0 when it is over; a second SIGINT stops
+    at once."""
 
     def __init__(
         self,
@@ -174,37 +187,38 @@ class CloudServer(uvicorn.Server):
         listener: socket.socket,
         *,
         ready: Callable[[str], None] | None = None,
-        drain_s: float = 30.0,
-        tls_cert: Path | None = None,
-        tls_key: Path | None = None,
+        policy: DrainPolicy | None = None,
+        ssl_context: ssl.SSLContext | None = None,
     ) -> None:
         """`ready` is called with the URL once connections are accepted."""
         host, port = listener.getsockname()[:2]
         self._hub = hub
         self._listener = listener
         self._ready = ready
-        self._drain_s = drain_s
+        self._policy = policy or DrainPolicy()
         self._num_interrupts = 0
-        self._drain: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
         shown = f"[{host}]" if ":" in host else host
-        self.url = f"{'wss' if tls_cert else 'ws'}://{shown}:{port}"
-        super().__init__(
-            uvicorn.Config(
-                make_app(hub, only_local_hosts=is_loopback(host)),
-                ws=BoundedWebSocketProtocol,
-                ws_max_size=hub.limits.max_message_bytes,
-                ws_per_message_deflate=False,
-                ws_ping_interval=None,  # the session protocol has its own heartbeat
-                http=BoundedHTTPProtocol,
-                loop="asyncio",
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                timeout_graceful_shutdown=5,
-                ssl_certfile=tls_cert,
-                ssl_keyfile=tls_key,
-            )
+        self.url = f"{'wss' if ssl_context else 'ws'}://{shown}:{port}"
+        config = uvicorn.Config(
+            make_app(hub, policy=self._policy, only_local_hosts=is_loopback(host)),
+            ws=BoundedWebSocketProtocol,
+            ws_max_size=hub.limits.max_message_bytes,
+            ws_per_message_deflate=False,
+            ws_ping_interval=None,  # the session protocol has its own heartbeat
+            http=BoundedHTTPProtocol,
+            loop="asyncio",
+            log_config=None,
+            # At debug level uvicorn's loggers show headers, keys among them, and the bytes of messages.
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,  # who asks for a drain is who opened the connection
+            timeout_graceful_shutdown=5,
         )
+        config.load()
+        config.ssl = ssl_context
+        super().__init__(config)
 
     async def run_until_stopped(self) -> None:
         """Serves until `stop`, or a signal where this is the main thread."""
@@ -212,21 +226,40 @@ class CloudServer(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        if self.started and self._ready is not None:
+        if not self.started:
+            return
+        self._start(self._exit_after_drain())
+        if self._policy.notice is not None:
+            self._start(self._drain_on_notice(self._policy.notice))
+        if self._ready is not None:
             self._ready(self.url)
 
-    def stop(self, *, drain: bool = True) -> None:
-        """Begins the end: new sessions are refused, running ones get `drain_s` seconds, or none without
-        `drain`. On the loop."""
-        if not drain:
-            self.should_exit = True
-        elif self._drain is None:
-            self._drain = asyncio.get_running_loop().create_task(self._drain_and_exit())
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await super().shutdown(sockets)
 
-    async def _drain_and_exit(self) -> None:
-        finished = await self._hub.drain(self._drain_s)
-        self._hub.log.info("drained", finished=finished)
+    def stop(self, *, drain: bool = True) -> None:
+        """Begins the end: new sessions are refused, running ones get the policy's time, or none without
+        `drain`. On the loop."""
+        if drain:
+            self._hub.start_drain(self._policy.deadline_s, self._policy.alternative)
+        else:
+            self.should_exit = True
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        self._tasks.append(asyncio.get_running_loop().create_task(work))
+
+    async def _exit_after_drain(self) -> None:
+        await self._hub.drain.wait()
+        self._hub.log.info("drained", sessions=len(self._hub.sessions))
         self.should_exit = True
+
+    async def _drain_on_notice(self, notice: Notice) -> None:
+        await wait_for_notice(notice)
+        self._hub.log.warning("preemption_notice")
+        self._hub.start_drain(self._policy.notice_deadline_s, self._policy.alternative)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -55,6 +55,12 @@ class Telemetry:
         self.sessions_ended = Counter(
             "isthmus_sessions_ended", "Sessions by how they ended", ["outcome"], registry=self.registry
         )
+        self.resumes = Counter(
+            "isthmus_resumes", "RESUME requests by their outcome", ["outcome"], registry=self.registry
+        )
+        self.detached = Gauge(
+            "isthmus_sessions_detached", "Sessions kept for an edge to resume", registry=self.registry
+        )
         self.connections = Gauge("isthmus_connections", "Open edge connections", registry=self.registry)
         self._bytes = {way: self.link_bytes.labels(direction=way) for way in ("up", "down")}
 

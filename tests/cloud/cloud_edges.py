@@ -11,10 +11,12 @@ from pathlib import Path
 from time import monotonic
 from typing import Any, TypeVar
 
+import httpx
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed
 from websockets.typing import Subprotocol
 
+from isthmus.cloud.drain import DrainPolicy
 from isthmus.cloud.hub import Hub
 from isthmus.cloud.serve import CloudOptions, Prepared, make_hub, prepare
 from isthmus.cloud.server import SESSION_PATH, SUBPROTOCOL, CloudServer, bind
@@ -64,15 +66,16 @@ class RunningCloud:
 
 
 @contextlib.contextmanager
-def running_cloud(prepared: Prepared, *, drain_s: float = 5.0) -> Iterator[RunningCloud]:
-    """Starts a cloud on a free port and stops it (without a drain) at the end."""
+def running_cloud(prepared: Prepared, *, drain_s: float = 5.0, **more: Any) -> Iterator[RunningCloud]:
+    """Starts a cloud on a free port and stops it (without a drain) at the end. `more`: of DrainPolicy."""
+    policy = DrainPolicy(deadline_s=drain_s, **more)
     started: list[RunningCloud] = []
     is_ready = threading.Event()
 
     async def serve() -> None:
         hub = make_hub(prepared)
         listener = bind("127.0.0.1", 0)
-        server = CloudServer(hub, listener, ready=lambda _: is_ready.set(), drain_s=drain_s)
+        server = CloudServer(hub, listener, ready=lambda _: is_ready.set(), policy=policy)
         started.append(
             RunningCloud(server.url, hub, server, asyncio.get_running_loop(), threading.current_thread())
         )
@@ -211,3 +214,20 @@ def open_of(prompt: Sequence[int], **more: Any) -> Open:
         "sampling": GREEDY,
     }
     return Open(**{**fields, **more})
+
+
+async def get(cloud: RunningCloud, path: str, **headers: str) -> httpx.Response:
+    return await asyncio.to_thread(httpx.get, cloud.http + path, headers=headers)
+
+
+async def stats(cloud: RunningCloud, **headers: str) -> dict[str, Any]:
+    answer: dict[str, Any] = (await get(cloud, "/v1/stats", **headers)).raise_for_status().json()
+    return answer
+
+
+async def settled(cloud: RunningCloud) -> dict[str, Any]:
+    """The stats once no session is left: what follows a closed socket has no answer to wait for."""
+    async with asyncio.timeout(30):
+        while (now := await stats(cloud))["sessions"]:
+            pass
+    return now
