@@ -8,20 +8,29 @@ import ssl
 from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
-from time import monotonic, perf_counter
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from dataclasses import asdict, dataclass, replace
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, Final
 
+from isthmus.edge.canary import Canary
+from isthmus.edge.clouds import Clouds
 from isthmus.edge.conversation import CachePool, CloudMemory
 from isthmus.edge.generate import Generation
-from isthmus.edge.half import EdgeHalf
+from isthmus.edge.history import HistoryBudget
+from isthmus.edge.jobs import Jobs
+from isthmus.edge.legs import Legs, Means
 from isthmus.edge.link import CloudLink
-from isthmus.edge.remote import CloudHalf, OfferContext
+from isthmus.edge.placement import Counts, Placement
+from isthmus.edge.recovery import RecoveryConfig
+from isthmus.edge.remote import OfferContext
 from isthmus.edge.requests import (
     AgentEvent,
     Decision,
     Finished,
     GenerateRequest,
+    RouteAsk,
     RowFormatName,
+    Shape,
     Started,
 )
 from isthmus.edge.router import MIB, RouterInputs, decide
@@ -30,36 +39,38 @@ from isthmus.protocol.activations import RowFormat
 from isthmus.protocol.errors import (
     CloudUnreachableError,
     IsthmusError,
+    NotFoundError,
     RejectedError,
     RequestError,
     RouteInfeasibleError,
 )
 from isthmus.protocol.frames import VERSION
-from isthmus.protocol.identity import canary_ids
 from isthmus.protocol.limits import Limits
-from isthmus.protocol.messages import Hello, Welcome
+from isthmus.protocol.messages import Hello
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
     from isthmus.splitter.cache import KVCache
     from isthmus.splitter.pack import Pack
     from isthmus.splitter.runner import BlockRunner
 
-# `auto` leaves a cloud alone for this long after it could not be reached; a route asked for by name
-# always tries.
-RETRY_S: Final = 5.0
 CACHE_MB: Final = 512
+HISTORY_MB: Final = 64
 KV_DTYPE_BYTES: Final = 4
 
 
-class _Use(NamedTuple):
+@dataclass(eq=False)
+class _Running:
     """What a running request holds: layers, whether the head, and tokens its KV may grow to."""
 
+    request: GenerateRequest
     split: int
     head: bool
     tokens: int
+    placement: Placement | None = None
+
+    def use(self, decision: Decision) -> None:
+        self.split = decision.split
+        self.head = decision.route == "local" or decision.shape == "u"
 
 
 class Agent:
@@ -67,7 +78,8 @@ class Agent:
 
     `parallel` requests run at once, `queue` more wait. `memory_mb` bounds what the model adds to an idle
     agent (weights, KV, kept caches). `min_depth`: least K for privacy `activations-only`. `row_format`
-    None: f32 for an f32 pack, else int8 with outlier channels.
+    None: f32 for an f32 pack, else int8 with outlier channels. `history_mb` bounds the rows kept of what was
+    sent, by which requests go on elsewhere; `recovery` says how long a lost cloud is looked for.
     """
 
     def __init__(
@@ -84,6 +96,8 @@ class Agent:
         min_depth: int = 1,
         row_format: RowFormatName | None = None,
         cache_mb: float = CACHE_MB,
+        history_mb: float = HISTORY_MB,
+        recovery: RecoveryConfig | None = None,
         limits: Limits | None = None,
         ssl_context: ssl.SSLContext | None = None,
     ) -> None:
@@ -98,8 +112,11 @@ class Agent:
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="isthmus-edge")
         self._runner: BlockRunner | None = None
         self._pool: CachePool[KVCache] = CachePool(int(cache_mb * MIB))
-        self._offers = OfferContext(secrets.token_bytes(32), pack, CloudMemory())
-        self._in_use: list[_Use] = []  # what the running requests hold
+        self._history = HistoryBudget(int(history_mb * MIB))
+        self._offers = OfferContext(secrets.token_bytes(32), pack, CloudMemory(), self._history)
+        self._recovery = recovery or RecoveryConfig()
+        self._running: list[_Running] = []
+        self._counts = Counts()
         self._totals = {"requests": 0, "finished": 0, "failed": 0, "cancelled": 0, "tokens": 0}
         hello = Hello(
             versions=(VERSION,),
@@ -108,10 +125,7 @@ class Agent:
             row_formats=tuple(form.value for form in RowFormat),
             client="isthmus-edge",
         )
-        self._links = [
-            CloudLink(url, hello, api_key=api_key, limits=limits, ssl_context=ssl_context)
-            for url in cloud_urls
-        ]
+        self._clouds = Clouds(cloud_urls, hello, api_key=api_key, limits=limits, ssl_context=ssl_context)
 
     # ---- life ------------------------------------------------------------------------------------
 
@@ -126,8 +140,7 @@ class Agent:
 
     async def aclose(self) -> None:
         """Close the links and the caches. Running requests fail; close their iterators first."""
-        for link in self._links:
-            await link.aclose()
+        await self._clouds.aclose()
         self._worker.submit(self._pool.clear)
         await asyncio.to_thread(self._worker.shutdown)
         self._runner = None
@@ -151,18 +164,9 @@ class Agent:
             "loaded_layers": sorted(runner.loaded_layers) if runner else [],
             "kept_caches": len(self._pool),
             "kept_cache_bytes": self._pool.nbytes,
-            "clouds": [
-                {
-                    "url": link.url,
-                    "state": link.state,
-                    "detail": link.detail,
-                    "rtt_s": link.rtt_s,
-                    "bytes_up": link.bytes_up,
-                    "bytes_down": link.bytes_down,
-                    "connects": link.num_connects,
-                }
-                for link in self._links
-            ],
+            "history_bytes": self._history.nbytes,
+            **asdict(self._counts),
+            "clouds": self._clouds.stats(),
         }
 
     # ---- requests --------------------------------------------------------------------------------
@@ -177,22 +181,22 @@ class Agent:
             async with self._slots.take(request.priority):
                 started_s = perf_counter()
                 decision, link = await self._route(request)
-                head = decision.route == "local" or decision.shape == "u"
-                use = _Use(decision.split, head, len(request.prompt_ids) + request.max_tokens)
-                self._in_use.append(use)
+                running = _Running(request, 0, False, len(request.prompt_ids) + request.max_tokens)
+                running.use(decision)
+                self._running.append(running)
                 try:
                     yield Started(
                         request.request_id, decision, decision.route, decision.split, decision.shape
                     )
-                    generation = await self._generation(request, decision, link, started_s)
-                    async with aclosing(generation.run()) as events:
+                    generation = self._generation(running, started_s)
+                    async with aclosing(generation.run(decision, link)) as events:
                         async for event in events:
                             if isinstance(event, Finished):
                                 outcome = "finished"
                                 self._totals["tokens"] += len(event.token_ids)
                             yield event
                 finally:
-                    self._in_use.remove(use)
+                    self._running.remove(running)
         except IsthmusError:
             outcome = "failed"
             raise
@@ -203,6 +207,22 @@ class Agent:
         """The decision as it would be taken now; nothing is run and no cloud is asked."""
         self._check(request)
         return decide(self._inputs(request))
+
+    async def move(
+        self, request_id: str, *, route: RouteAsk, split: int | None = None, shape: Shape | None = None
+    ) -> Decision:
+        """Re-partition a running request: before its next token it goes on by `route` at `split`. Returns
+        once it does. NotFoundError if it does not run (any more), RouteInfeasibleError where a hard
+        constraint forbids it, or what went wrong at the new place; then it goes on where it was."""
+        running = next((one for one in self._running if one.request.request_id == request_id), None)
+        if running is None or running.placement is None:
+            raise NotFoundError(f"no request {request_id!r} is running", code="unknown_request")
+        wish = replace(running.request, route=route, split=split, shape=shape)
+        decision, link = await self._route(wish, running)
+        if running.placement is None:
+            raise NotFoundError(f"the request {request_id!r} has ended", code="request_ended")
+        await running.placement.move(decision, link)
+        return decision
 
     def _check(self, request: GenerateRequest) -> None:
         """RequestError for what the model cannot do."""
@@ -221,12 +241,20 @@ class Agent:
 
     # ---- routing ---------------------------------------------------------------------------------
 
-    def _inputs(self, request: GenerateRequest) -> RouterInputs:
+    def _inputs(
+        self, request: GenerateRequest, running: _Running | None = None, *, link: CloudLink | None = None
+    ) -> RouterInputs:
+        """`running`: the request itself, where it runs already; `link`: look at this cloud alone."""
         spec, blocks = self.pack.spec, self.pack.bytes_per_block
-        state, detail, welcome = self._cloud_state(request)
+        if link is None:
+            by_name = request.route in ("split", "offload")
+            state, detail, welcome = self._clouds.best_state(by_name=by_name)
+        else:
+            state, detail, welcome = link.state, link.detail, link.welcome
         context = None
         if welcome is not None:
             context = min(welcome.context_length, welcome.limits.max_tokens_per_session)
+        memory = self._memory_bytes
         return RouterInputs(
             num_layers=spec.num_layers,
             layer_bytes=tuple(blocks[1:-1]),
@@ -234,7 +262,7 @@ class Agent:
             head_bytes=blocks[-1],
             kv_bytes=spec.kv_bytes_per_token_layer(KV_DTYPE_BYTES),
             tokens=len(request.prompt_ids) + request.max_tokens,
-            memory_bytes=None if self._memory_bytes is None else self._memory_bytes - self._kv_in_use(),
+            memory_bytes=None if memory is None else memory - self._kv_in_use(without=running),
             min_depth=self._min_depth,
             cloud_state=state,
             cloud_detail=detail,
@@ -245,147 +273,112 @@ class Agent:
             privacy=request.privacy,
         )
 
-    def _cloud_state(self, request: GenerateRequest) -> tuple[str, str, Welcome | None]:
-        """(state, detail, WELCOME if there was one) of the best cloud."""
-        if not self._links:
-            return "none", "no cloud is configured", None
-        by_name = request.route in ("split", "offload")
-        states = []
-        for link in self._links:
-            state = link.state
-            if state in ("down", "refused") and (by_name or monotonic() - link.failed_at > RETRY_S):
-                state = "unknown"
-            states.append((("up", "unknown", "refused", "down").index(state), state, link))
-        _, state, link = min(states, key=lambda entry: entry[0])
-        return state, link.detail, link.welcome if state == "up" else None
-
-    def _fresh_failure(self) -> IsthmusError | None:
-        """Why no cloud could be reached a moment ago; None where one stands, or was not tried."""
-        if any(link.state in ("up", "unknown") for link in self._links):
-            return None
-        return next((link.failure for link in self._links if link.failure is not None), None)
-
-    async def _route(self, request: GenerateRequest) -> tuple[Decision, CloudLink | None]:
+    async def _route(
+        self, request: GenerateRequest, running: _Running | None = None
+    ) -> tuple[Decision, CloudLink | None]:
         """The decision, and a connected link if it needs one. Where the cloud turns out not to be there,
         `auto` decides once more, knowing that."""
         try:
-            decision = decide(self._inputs(request))
+            decision = decide(self._inputs(request, running))
         except RouteInfeasibleError as error:
             hopeless = request.route != "auto" or request.privacy == "local-only"
-            if not hopeless and (fresh := self._fresh_failure()) is not None:
+            if not hopeless and (fresh := self._clouds.fresh_failure()) is not None:
                 raise fresh from error  # with the cloud there would have been a way: that is the trouble
             raise
         if decision.route == "local":
             return decision, None
         try:
-            link = await self._reach()
+            link = await self._clouds.reach()
         except (CloudUnreachableError, RejectedError) as error:
             if request.route != "auto":
                 raise
             try:
-                return decide(self._inputs(request)), None
+                return decide(self._inputs(request, running)), None
             except RouteInfeasibleError:
                 raise error from None
         # Now the cloud's limits are known: the same rule once more, with them.
-        decision = decide(self._inputs(request))
+        decision = decide(self._inputs(request, running))
         return decision, None if decision.route == "local" else link
-
-    async def _reach(self) -> CloudLink:
-        """The first cloud, in the order given, that stands or can be connected to."""
-        for link in self._links:
-            if link.state == "up":
-                return link
-        failure: IsthmusError | None = None
-        for link in self._links:
-            try:
-                await link.connect()
-            except (CloudUnreachableError, RejectedError) as error:
-                failure = failure or error
-            else:
-                return link
-        assert failure is not None, "the router allows a cloud only where one is configured"
-        raise failure
 
     # ---- one generation --------------------------------------------------------------------------
 
-    async def _generation(
-        self, request: GenerateRequest, decision: Decision, link: CloudLink | None, started_s: float
-    ) -> Generation:
+    def _generation(self, running: _Running, started_s: float) -> Generation:
         assert self._runner is not None, "start() first"
+        request = running.request
         events: list[dict[str, Any]] = []
-        cloud: CloudHalf | None = None
-        if link is not None:
-            welcome = await link.connect()
-            if welcome.match == "canary":
-                events.append(await self._canary(link, decision.split))
-            row_format = request.row_format or self._row_format
-            cloud = CloudHalf(link, welcome, request, decision, row_format, self._offers)
-        edge_draws = decision.shape == "u" or cloud is None
-        edge = EdgeHalf(
+        ids = list(request.prompt_ids)
+        means = Means(
             self._runner,
             self._pool,
-            decision.split,
-            prompt=request.prompt_ids,
-            max_tokens=request.max_tokens,
-            sampling=request.sampling,
-            draws=edge_draws,
-            codec=cloud.codec if cloud else None,
-            make_room=self._make_room,
+            self._offers,
+            Canary(self._runner, self._worker),
+            self._row_format,
+            self._make_room,
+        )
+        legs = Legs(
+            means,
+            request,
+            Jobs(self._worker),
+            events=events,
+            alone=lambda: self._slots.running == 1,
+            on_use=running.use,
+        )
+        running.placement = Placement(
+            request,
+            legs,
+            self._clouds,
+            _Feasibility(self, running),
+            self._recovery,
+            ids=ids,
+            events=events,
+            counts=self._counts,
         )
         return Generation(
             request,
-            decision,
-            edge=edge,
-            cloud=cloud,
-            worker=self._worker,
+            running.placement,
+            ids=ids,
             tokenizer=self.tokenizer,
             events=events,
             started_s=started_s,
-            alone=lambda: self._slots.running == 1,
         )
 
-    async def _canary(self, link: CloudLink, split: int) -> dict[str, Any]:
-        """Other weights than the cloud's: a split needs both to agree on a fixed sequence (rule 8).
-        Offload runs nothing of the edge's, so there it is only said."""
-        event: dict[str, Any] = {"event": "other_weights", "split": split}
-        if split == 0 or not await link.needs_canary(split):
-            return event
-        loop = asyncio.get_running_loop()
-        rows = await loop.run_in_executor(self._worker, self._canary_rows, split)
-        result = await link.canary(split, rows)
-        if not result.ok:
-            raise RejectedError(
-                f"at K = {split} the canary's rows differ by {result.error:.3g} from the cloud's, "
-                f"allowed are {result.tolerance:.3g}",
-                code="canary_failed",
-                hint="edge and cloud hold different weights of this model: build the pack from the cloud's",
-            )
-        return {**event, "canary_error": result.error, "canary_tolerance": result.tolerance}
-
-    def _canary_rows(self, split: int) -> NDArray[np.float32]:
-        assert self._runner is not None
-        ids = canary_ids(self.pack.spec.vocab_size)
-        self._runner.load(range(split), embed=True, head=False)
-        cache = self._runner.new_cache(range(split), capacity=len(ids))
-        try:
-            return self._runner.forward(cache, self._runner.embed(ids), start_layer=0, stop_layer=split)
-        finally:
-            cache.close()
-
-    def _kv_in_use(self) -> int:
+    def _kv_in_use(self, *, without: _Running | None = None) -> int:
         """Bytes to which the KV of the running requests may grow."""
         per_layer = self.pack.spec.kv_bytes_per_token_layer(KV_DTYPE_BYTES)
-        return sum(per_layer * use.split * use.tokens for use in self._in_use)
+        return sum(per_layer * one.split * one.tokens for one in self._running if one is not without)
 
     def _make_room(self) -> None:
         """Under a memory limit: drop the blocks that no running request uses, and kept caches until what
         the running ones need fits. In the worker."""
         if self._memory_bytes is None or self._runner is None:
             return
-        uses = list(self._in_use)
+        uses = list(self._running)
         deepest = max((use.split for use in uses), default=0)
         head = any(use.head for use in uses)
         self._runner.unload(range(deepest, self.pack.spec.num_layers), embed=deepest == 0, head=not head)
         blocks = self.pack.bytes_per_block
         weights = blocks[0] + sum(blocks[1 : 1 + deepest]) + (blocks[-1] if head else 0)
         self._pool.evict(max(0, self._memory_bytes - weights - self._kv_in_use()))
+
+
+class _Feasibility:
+    """The router's hard constraints, for a request that runs already."""
+
+    def __init__(self, agent: Agent, running: _Running) -> None:
+        self._agent = agent
+        self._running = running
+
+    def local(self) -> Decision | None:
+        """The decision to go on on this device, if that is possible."""
+        wish = replace(self._running.request, route="local", split=None, shape=None)
+        try:
+            return decide(self._agent._inputs(wish, self._running))
+        except RouteInfeasibleError:
+            return None
+
+    def check(self, decision: Decision, link: CloudLink) -> None:
+        """RouteInfeasibleError where `decision` cannot be taken at this cloud."""
+        split = decision.split if decision.route == "split" else None
+        shape = decision.shape if decision.route == "split" else None
+        wish = replace(self._running.request, route=decision.route, split=split, shape=shape)
+        decide(self._agent._inputs(wish, self._running, link=link))

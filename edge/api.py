@@ -25,6 +25,7 @@ from isthmus.edge.guard import Guard
 from isthmus.edge.merge import merge
 from isthmus.edge.replies import Reply, chat_dialect, completion_dialect
 from isthmus.protocol.errors import NotFoundError
+from isthmus.protocol.keys import KeyFile
 
 # A full context of the longest models (128 Ki tokens of prose) is some 0.6 MB of text.
 MAX_BODY_BYTES = 4 * 1024 * 1024
@@ -215,8 +216,9 @@ class Api:
         return JSONResponse({"status": "ready"})
 
 
-def make_app(model: ServedModel, *, only_local: bool = True) -> Starlette:
-    """The ASGI app. The agent's start and end are the caller's. `only_local`: see `Guard`."""
-    app = Starlette(routes=Api(model).routes(), middleware=[Middleware(Guard, only_local=only_local)])
+def make_app(model: ServedModel, *, only_local: bool = True, keys: KeyFile | None = None) -> Starlette:
+    """The ASGI app. The agent's start and end are the caller's. `only_local`, `keys`: see `Guard`."""
+    guard = Middleware(Guard, only_local=only_local, keys=keys or KeyFile(None))
+    app = Starlette(routes=Api(model).routes(), middleware=[guard])
     add_error_handlers(app)
     return app

@@ -21,11 +21,27 @@ class FieldError(RequestError):
         self.param = param
 
 
-class BodyTooLargeError(RequestError):
-    """The body was not read to its end."""
+class UnreadError(RequestError):
+    """Refused without reading the body to its end; the connection is closed with the response."""
 
+
+class BodyTooLargeError(UnreadError):
     default_code = "body_too_large"
     http_status = 413
+
+
+class ForeignError(UnreadError):
+    """A request that a web page of another origin made the browser send."""
+
+    default_code = "foreign_origin"
+    http_status = 403
+
+
+class UnauthorizedError(UnreadError):
+    """No key of this agent; the code is OpenAI's."""
+
+    default_code = "invalid_api_key"
+    http_status = 401
 
 
 def error_body(error: IsthmusError) -> dict[str, Any]:
@@ -44,7 +60,9 @@ def error_response(error: IsthmusError) -> JSONResponse:
     retry_after_s = getattr(error, "retry_after_s", None)
     if retry_after_s is not None:
         headers["retry-after"] = str(max(1, math.ceil(retry_after_s)))
-    if isinstance(error, BodyTooLargeError):
+    if isinstance(error, UnauthorizedError):
+        headers["www-authenticate"] = "Bearer"
+    if isinstance(error, UnreadError):
         headers["connection"] = "close"  # else the server would read on, to the end of what was refused
     return JSONResponse(error_body(error), status_code=error.http_status, headers=headers)
 
@@ -74,7 +92,7 @@ async def _on_client_gone(request: Request, error: Exception) -> Response:
 
 
 async def _on_bug(request: Request, error: Exception) -> Response:
-    """A fault of ours. The client learns no more than its kind; uvicorn logs the traceback."""
+    """A fault of ours. The client learns no more than its kind; the traceback is logged (logs.py)."""
     return error_response(
         IsthmusError(f"the agent failed: {type(error).__name__}", hint="its log tells more; please report it")
     )

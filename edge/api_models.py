@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from isthmus.edge.advice import sampling_params
 from isthmus.edge.api_errors import FieldError
-from isthmus.edge.requests import GenerateRequest, Privacy, RouteAsk, RowFormatName, Shape
+from isthmus.edge.requests import Fallback, GenerateRequest, Privacy, RouteAsk, RowFormatName, Shape
 from isthmus.protocol.messages import MAX_PRIORITY
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -59,6 +59,7 @@ class Ask(_Closed):
     split: int | None = None
     shape: Shape | None = None
     codec: RowFormatName | None = None
+    fallback: Fallback | None = None
 
     def over(self, default: Ask) -> Ask:
         """This, and where it says nothing, the default; but a K or route asked here is not bound to the
@@ -68,7 +69,11 @@ class Ask(_Closed):
         if split is None and route in (None, "auto", "split"):
             split = default.split
         return Ask(
-            route=route, split=split, shape=self.shape or default.shape, codec=self.codec or default.codec
+            route=route,
+            split=split,
+            shape=self.shape or default.shape,
+            codec=self.codec or default.codec,
+            fallback=self.fallback or default.fallback,
         )
 
 
@@ -156,6 +161,7 @@ class _Generation(_Closed):
                 shape=how.shape,
                 privacy=extension.privacy,
                 row_format=how.codec,
+                fallback=how.fallback or "any",
                 priority=extension.priority,
             )
             for choice in range(self.n or 1)

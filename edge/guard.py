@@ -1,59 +1,39 @@
-"""Keeps strangers off the edge's HTTP port: web pages of other origins, and other machines."""
+"""Keeps strangers off the edge's HTTP port: web pages of other origins, other machines, who has no key."""
 
 from __future__ import annotations
 
-import ipaddress
+from typing import Final
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from isthmus.edge.api_errors import error_response
-from isthmus.protocol.errors import ConfigError, RequestError
+from isthmus.edge.api_errors import ForeignError, UnauthorizedError, UnreadError, error_response
+from isthmus.edge.logs import log
+from isthmus.protocol.addresses import is_loopback
+from isthmus.protocol.errors import ConfigError
+from isthmus.protocol.keys import KeyFile
 
-
-class ForeignError(RequestError):
-    """A request that a web page of another origin made the browser send."""
-
-    default_code = "foreign_origin"
-    http_status = 403
-
-
-def is_loopback(host: str) -> bool:
-    """True for `localhost` and loopback addresses. Other names count as reachable from outside."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
-
-
-def check_bind(host: str, *, insecure: bool) -> None:
-    """ConfigError for listening beyond loopback, as long as the API asks nobody for a key."""
-    if not (is_loopback(host) or insecure):
-        raise ConfigError(
-            f"listening on {host} would open this agent to the network, without key and TLS",
-            code="insecure_bind",
-            hint="put a proxy that asks for both in front of 127.0.0.1; or --insecure, if all who can "
-            "reach this port may use it",
-        )
+# Probes carry no key, and learn nothing but whether requests would be answered.
+OPEN_PATHS: Final = frozenset({"/livez", "/readyz"})
 
 
 class Guard:
     """ASGI middleware. A request must name a loopback host (`only_local`: else a page whose name was
-    rebound to 127.0.0.1 could read the replies), and one sent by a web page must come from our own."""
+    rebound to 127.0.0.1 could read the replies), one sent by a web page must come from our own, and all but
+    those for OPEN_PATHS need a key of `keys`, if there are any."""
 
-    def __init__(self, app: ASGIApp, *, only_local: bool) -> None:
-        self.app, self.only_local = app, only_local
+    def __init__(self, app: ASGIApp, *, only_local: bool, keys: KeyFile) -> None:
+        self.app, self.only_local, self.keys = app, only_local, keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and (error := self._refusal(Headers(scope=scope))) is not None:
+        if scope["type"] == "http" and (error := self._refusal(scope)) is not None:
             await error_response(error)(scope, receive, send)
         else:
             await self.app(scope, receive, send)
 
-    def _refusal(self, headers: Headers) -> ForeignError | None:
+    def _refusal(self, scope: Scope) -> UnreadError | None:
+        headers = Headers(scope=scope)
         host = headers.get("host", "")
         if self.only_local and not is_loopback(_name_of(f"//{host}")[0]):
             return ForeignError(
@@ -65,7 +45,24 @@ class Guard:
                 f"the page {origin!r} is not served here",
                 hint="pages of other origins may not use this agent",
             )
+        if scope["path"] in OPEN_PATHS:
+            return None
+        self._reread_keys()
+        if self.keys.ring.authenticate(headers.get("authorization")) is None:
+            return UnauthorizedError(
+                "no valid API key was given",
+                hint="send `Authorization: Bearer KEY`, a key of this agent's --serve-key-file",
+            )
         return None
+
+    def _reread_keys(self) -> None:
+        """A look at the file's times takes microseconds, so a revoked key is refused from the next request
+        on."""
+        try:
+            if (ring := self.keys.refresh()) is not None:
+                log.warning("the key file was read again: %d keys", len(ring))
+        except ConfigError as error:
+            log.error("the key file is not usable, the old keys stay in force: %s", error)
 
 
 def _name_of(url: str) -> tuple[str, str]:

@@ -2,7 +2,7 @@
 
 Every method computes. They run in the agent's one worker thread, which also owns the cache pool, so nothing
 here needs a lock, and what is put away is not in use any more. Only `chunk` and `drawn` of one row, which
-touch no pool, may run on the event loop instead, while no other request runs (`Generation._is_short`).
+touch no pool, may run on the event loop instead, while no other request runs (`Leg._is_short`).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from isthmus.edge.conversation import CachePool
+from isthmus.edge.history import Raw
 from isthmus.protocol.activations import Encoded
 from isthmus.protocol.sampling import Sampled, SamplingParams, TokenCounts, sample
 
@@ -31,9 +32,9 @@ Rows = NDArray[np.float32]
 
 
 class Chunk(NamedTuple):
-    """Consecutive boundary rows f32[n, hidden], and their encoding."""
+    """Consecutive boundary rows uint8[n, row_bytes], and the same as they travel."""
 
-    rows: Rows
+    raw: Raw
     encoded: Encoded
 
 
@@ -66,20 +67,34 @@ class EdgeHalf:
         self._codec = codec
         self._make_room = make_room
         self._cache: KVCache | None = None
-        needs_counts = draws and sampling.needs_context
-        self._counts = TokenCounts(prompt, ()) if needs_counts else None
+        self._deeper: KVCache | None = None
+        self._counts: TokenCounts | None = None
 
-    def prepare(self) -> int:
-        """Find a cache and load what is missing. Number of prompt tokens whose rows the cache holds."""
-        self._cache = self._pool.take(self.split, self._prompt) if self.split else None
+    @property
+    def length(self) -> int:
+        """Rows that the KV cache holds."""
+        return self._cache.length if self._cache is not None else 0
+
+    def prepare(self, ids: Sequence[int] | None = None) -> int:
+        """Find a cache and load what is missing, unless that was done. `ids` (default: the prompt): all
+        tokens so far. Number of them whose rows the cache holds."""
+        known = self._prompt if ids is None else ids
+        if self._draws and self._sampling.needs_context and self._counts is None:
+            self._counts = TokenCounts(self._prompt, known[len(self._prompt) :])
+        if self._cache is not None:
+            return self._cache.length
+        self._cache = self._pool.take(self.split, known) if self.split else None
         self._make_room()  # after the cache was taken out: it is not to be dropped
         if self.split == 0:
             return 0
         self._runner.load(range(self.split), embed=True, head=self._draws)
         if self._cache is None:
-            capacity = len(self._prompt) + min(self._max_tokens, ROOM_TOKENS)
-            self._cache = self._runner.new_cache(range(self.split), capacity=capacity)
+            self._cache = self._runner.new_cache(range(self.split), capacity=self._capacity(len(known)))
         return self._cache.length
+
+    def _capacity(self, known: int) -> int:
+        most = len(self._prompt) + self._max_tokens
+        return max(1, min(most, known + ROOM_TOKENS))
 
     def truncate(self, to: int) -> None:
         """Forget the rows from position `to` on."""
@@ -93,14 +108,29 @@ class EdgeHalf:
         embedded = self._runner.embed(ids)
         return self._runner.forward(self._cache, embedded, start_layer=0, stop_layer=self.split)
 
+    def rows_again(self, ids: Sequence[int], start: int) -> Rows:
+        """The rows f32[n, hidden] of `ids` at the positions from `start` on, which the cache holds already.
+        It holds the same rows afterwards, and all behind them."""
+        assert self._cache is not None, "prepare() first"
+        length = self._cache.length
+        self._cache.truncate(start)
+        try:
+            return self.rows(ids)
+        finally:
+            self._cache.restore(length)
+
     def chunk(self, ids: Sequence[int]) -> Chunk:
-        """Append `ids`; their rows, also as they travel."""
-        assert self._codec is not None, "this half sends nothing"
+        """Append `ids`; their rows as they travel."""
         started = perf_counter()
-        rows = self.rows(ids)
-        encoded = self._codec.encode(rows)
+        chunk = self.encoded(self.rows(ids))
         self.chunk_s = perf_counter() - started
-        return Chunk(rows, encoded)
+        return chunk
+
+    def encoded(self, rows: Rows) -> Chunk:
+        """Rows f32[n, hidden] as they travel."""
+        assert self._codec is not None, "this half sends nothing"
+        raw = self._codec.encode_raw(rows)
+        return Chunk(raw, self._codec.pack(raw))
 
     def drawn(self, hidden: Rows, index: int) -> Sampled:
         """The token of output `index` from the last of `hidden` f32[n, hidden], by norm, head and sampler."""
@@ -114,9 +144,45 @@ class EdgeHalf:
         """`rows` and `drawn` in one job: a whole local step."""
         return self.drawn(self.rows(ids), index)
 
+    # ---- another cut in mid-generation -----------------------------------------------------------
+
+    def retarget(self, *, draws: bool, codec: RowCodec | None) -> None:
+        """Go on with the same blocks and another part in the rest: who draws, and how rows travel."""
+        self._draws = draws
+        self._codec = codec
+        self._counts = None  # `prepare` counts anew: the cloud may have drawn meanwhile
+        self._make_room()
+        self._runner.load(range(self.split), embed=True, head=draws)
+
+    def deepen(self, split: int) -> None:
+        """Begin to take the blocks [`self.split`, `split`) over, too: `through` fills their cache."""
+        assert self._cache is not None, "prepare() first"
+        self._make_room()
+        self._runner.load(range(split), embed=True, head=False)
+        layers = range(self.split, split)
+        self._deeper = self._runner.new_cache(layers, capacity=self._cache.capacity)
+
+    def through(self, rows: Rows) -> Rows:
+        """Rows f32[n, hidden] at the old boundary, in order from position 0 on, to the new one."""
+        assert self._deeper is not None, "deepen() first"
+        self.rows_computed += len(rows)
+        return self._runner.forward(self._deeper, rows)
+
+    def deepened(self) -> None:
+        """The new blocks are part of this half; rows that did not go through are forgotten."""
+        assert self._cache is not None
+        assert self._deeper is not None
+        self._cache.truncate(self._deeper.length)
+        split = self._deeper.layers.stop
+        self._cache.join(self._deeper)
+        self._deeper, self.split = None, split
+
     def release(self, ids: Sequence[int]) -> None:
         """Put the cache away for the conversation's next turn. `ids`: all tokens so far, of which the
         cache holds the rows of the first ones. Idempotent."""
+        if self._deeper is not None:
+            self._deeper.close()
+            self._deeper = None
         if self._cache is not None:
             cache, self._cache = self._cache, None
             self._pool.put(self.split, ids[: cache.length], cache)

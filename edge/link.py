@@ -1,12 +1,14 @@
 """The link to one cloud: one warm, authenticated websocket, made anew for the next request when it broke.
 
-Nothing is retried here: a session whose connection dies fails with CloudLostError.
+Nothing is retried here: a session whose connection dies raises CloudLostError, and `resume` takes it up on a
+new one.
 """
 
 from __future__ import annotations
 
 import asyncio
-import ipaddress
+import errno
+import logging
 import socket
 import ssl
 from contextlib import suppress
@@ -18,7 +20,12 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import InvalidHandshake, InvalidStatus, InvalidURI
 from websockets.typing import Subprotocol
 
-from isthmus.edge.wire import LinkSession, Wire
+from isthmus.edge.breaker import CircuitBreaker
+from isthmus.edge.deadline import StepDeadline
+from isthmus.edge.link_session import LinkSession
+from isthmus.edge.tls import tls_error
+from isthmus.edge.wire import Wire
+from isthmus.protocol.addresses import is_loopback
 from isthmus.protocol.errors import (
     CloudLostError,
     CloudUnreachableError,
@@ -26,6 +33,7 @@ from isthmus.protocol.errors import (
     IsthmusError,
     RejectedError,
 )
+from isthmus.protocol.events import SessionResumed
 from isthmus.protocol.frames import HEADER_BYTES
 from isthmus.protocol.limits import Limits
 from isthmus.protocol.messages import CanaryResult, Hello, Open, Welcome
@@ -38,6 +46,19 @@ SUBPROTOCOL: Final = Subprotocol("isthmus.v1")
 PATH: Final = "/v1/session"
 # Unsent bytes the kernel may hold, so that what overtakes in our queue is not stuck in the kernel's.
 UNSENT_BYTES: Final = 128 * 1024
+
+
+# Of no hierarchy, so that no configuration can lower its level: websockets' debug lines hold the API key
+# and the rows.
+_QUIET: Final = logging.Logger("isthmus.edge.websocket", logging.WARNING)
+
+
+class NobodyListensError(CloudUnreachableError):
+    """The machine is there and nothing listens: the cloud's process, and all it held, is gone."""
+
+
+class HungUpError(CloudUnreachableError):
+    """The connection was made and broke before the cloud had said anything."""
 
 
 def check_url(url: str, api_key: str | None) -> str:
@@ -60,14 +81,11 @@ def check_url(url: str, api_key: str | None) -> str:
     return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/') or PATH}"
 
 
-def is_loopback(host: str) -> bool:
-    """Does this host name or address stay on this machine?"""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+class _Direct(connect):
+    """Goes where it was sent: a redirect could take the rows to a host that nobody configured."""
+
+    def process_redirect(self, exc: Exception) -> Exception | str:
+        return exc
 
 
 class CloudLink:
@@ -82,8 +100,9 @@ class CloudLink:
         limits: Limits | None = None,
         ssl_context: ssl.SSLContext | None = None,
         connect_timeout_s: float = 5.0,
-        step_timeout_s: float = 120.0,
+        first_timeout_s: float = 120.0,
     ) -> None:
+        """`first_timeout_s`: how long a session may wait for its first output without any progress."""
         self.url = url
         self._address = check_url(url, api_key)
         self._hello = hello
@@ -91,7 +110,9 @@ class CloudLink:
         self._limits = limits or Limits()
         self._ssl = ssl_context
         self._connect_timeout_s = connect_timeout_s
-        self._step_timeout_s = step_timeout_s
+        self._first_timeout_s = first_timeout_s
+        self._deadline = StepDeadline()
+        self.breaker = CircuitBreaker()
         self._wire: Wire | None = None
         self._retired: list[Wire] = []  # broken ones, and draining ones whose sessions still run
         self._connecting = asyncio.Lock()
@@ -99,17 +120,18 @@ class CloudLink:
         self._past_up = 0
         self._past_down = 0
         self.num_connects = 0
-        self.failed_at = float("-inf")  # monotonic seconds of the newest failure to connect
         self.welcome: Welcome | None = None
 
     @property
     def state(self) -> str:
-        """ "up", "unknown" (never tried, or dropped after it worked), "down", "refused"."""
+        """ "up", "unknown" (never tried, or dropped after it worked), "down", "refused" (for good: another
+        model, a wrong key)."""
         if self._alive() is not None:
             return "up"
         if self.failure is None:
             return "unknown"
-        return "refused" if isinstance(self.failure, RejectedError) else "down"
+        for_good = isinstance(self.failure, RejectedError) and self.failure.retry_after_s is None
+        return "refused" if for_good else "down"
 
     @property
     def detail(self) -> str:
@@ -137,12 +159,18 @@ class CloudLink:
         async with self._connecting:
             wire = self._alive()
             if wire is None:
+                self.breaker.trying(monotonic())
                 try:
-                    wire = await self._establish()
+                    try:
+                        wire = await self._establish()
+                    except HungUpError:
+                        # The link was cut in the handshake. A cloud that does so again means it.
+                        wire = await self._establish()
                 except IsthmusError as error:
                     self.failure = error
-                    self.failed_at = monotonic()
+                    self.breaker.failed(monotonic())
                     raise
+                self.breaker.succeeded()
             self.failure = None
             self.welcome = wire.welcomed.result()
             return self.welcome
@@ -150,6 +178,12 @@ class CloudLink:
     async def open(self, message: Open) -> LinkSession:
         """Start a session (connects if need be). Doesn't wait for OPENED."""
         return (await self._connected()).open(message)
+
+    async def resume(self, session: LinkSession) -> SessionResumed:
+        """Take up a suspended session over a connection of now (connects if need be). Raises what `connect`
+        does, and the cloud's refusal: then the session is over."""
+        (await self._connected()).resume(session)
+        return await session.resumed()
 
     async def canary(self, split: int, rows: NDArray[np.float32]) -> CanaryResult:
         """Have the cloud compare the canary's rows at layer `split` with its own."""
@@ -192,7 +226,7 @@ class CloudLink:
             self._retired.remove(old)
             await old.aclose()
         socket_ = await self._upgrade()
-        wire = Wire(socket_, self._hello, self._limits, self._step_timeout_s)
+        wire = Wire(socket_, self._hello, self._limits, self._first_timeout_s, self._deadline)
         try:
             async with asyncio.timeout(self._limits.hello_timeout_s):
                 await asyncio.shield(wire.welcomed)
@@ -206,7 +240,7 @@ class CloudLink:
         except IsthmusError as error:
             await wire.aclose()
             if isinstance(error, CloudLostError):
-                raise CloudUnreachableError(f"{self.url} hung up before WELCOME: {error.message}") from error
+                raise HungUpError(f"{self.url} hung up before WELCOME: {error.message}") from error
             raise
         except asyncio.CancelledError:
             await wire.aclose()
@@ -218,8 +252,9 @@ class CloudLink:
     async def _upgrade(self) -> ClientConnection:
         headers = {"Authorization": f"Bearer {self._api_key}"} if self._api_key else {}
         host = urlsplit(self._address).hostname or ""
+        tls = self._address.startswith("wss:")
         try:
-            socket_ = await connect(
+            socket_ = await _Direct(
                 self._address,
                 subprotocols=[SUBPROTOCOL],
                 additional_headers=headers,
@@ -230,7 +265,8 @@ class CloudLink:
                 open_timeout=self._connect_timeout_s,
                 close_timeout=1,
                 proxy=None if is_loopback(host) else True,
-                ssl=self._ssl if self._address.startswith("wss:") else None,
+                logger=_QUIET,
+                ssl=(self._ssl or True) if tls else None,
             )
         except InvalidStatus as error:
             status = error.response.status_code
@@ -242,20 +278,32 @@ class CloudLink:
                 ) from error
             raise CloudUnreachableError(f"{self.url} answered HTTP {status} to the upgrade") from error
         except (InvalidHandshake, InvalidURI) as error:
-            raise CloudUnreachableError(f"{self.url} does not speak isthmus.v1: {error}") from error
+            asks = ", and does it ask for a client certificate (--tls-client-cert)" if tls else ""
+            raise CloudUnreachableError(
+                f"{self.url} does not speak isthmus.v1: {error}", hint=f"is this an Isthmus cloud{asks}?"
+            ) from error
         except ssl.SSLError as error:
-            raise CloudUnreachableError(f"TLS with {self.url} failed: {error}", code="tls_failed") from error
+            raise tls_error(self.url, error) from error
         except TimeoutError as error:
             raise CloudUnreachableError(
                 f"{self.url} did not answer within {self._connect_timeout_s:.0f} s",
                 hint="is the cloud up, and the port open?",
             ) from error
         except OSError as error:
-            raise CloudUnreachableError(
+            kind = NobodyListensError if _is_refusal(error) else CloudUnreachableError
+            raise kind(
                 f"{self.url} is not reachable: {error}", hint="start it with `isthmus serve cloud`"
             ) from error
         _tune(socket_)
         return socket_
+
+
+def _is_refusal(error: OSError) -> bool:
+    """A name with several addresses gives one error that quotes several."""
+    if isinstance(error, ConnectionRefusedError):
+        return True
+    text = str(error)
+    return 0 < text.count("[Errno ") == text.count(f"[Errno {errno.ECONNREFUSED}]")
 
 
 def _tune(socket_: ClientConnection) -> None:

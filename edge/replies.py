@@ -157,9 +157,9 @@ class Reply:
         assert started is not None
         assert finished is not None
         return {
-            "route": started.route,
-            "split": started.split,
-            "shape": started.shape,
+            "route": finished.route,
+            "split": finished.split,
+            "shape": finished.shape,
             "request_id": started.request_id,
             "decision": started.decision.to_dict(),
             "timings": asdict(finished.timings),

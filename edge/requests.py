@@ -18,6 +18,7 @@ RouteAsk = Literal["auto", "local", "split", "offload"]
 Shape = Literal["prefix", "u"]
 Privacy = Literal["any", "activations-only", "local-only"]
 RowFormatName = Literal["f32", "bf16", "int8o"]
+Fallback = Literal["any", "cloud", "none"]
 FinishReason = Literal["stop", "length"]
 
 MAX_STOP_STRINGS = 16
@@ -42,6 +43,9 @@ class GenerateRequest:
     `row_format` None: the agent's default. `priority`, -10 … 10: the higher goes first, in the agent's queue
     and in the cloud's (see queueing there: nobody starves). With `n` > 1 choices, send n requests whose
     `sampling.choice` differ.
+
+    `fallback`: where a request may go on whose cloud is lost in the middle. "any": at the cloud once it is
+    back, at another cloud, or on this device; "cloud": not on this device; "none": nowhere, it fails.
     """
 
     prompt_ids: tuple[int, ...]
@@ -55,6 +59,7 @@ class GenerateRequest:
     privacy: Privacy = "any"
     row_format: RowFormatName | None = None
     priority: int = 0
+    fallback: Fallback = "any"
     request_id: str = field(default_factory=new_request_id)
 
     def __post_init__(self) -> None:
@@ -97,6 +102,7 @@ class GenerateRequest:
             ("shape", self.shape, (None, "prefix", "u")),
             ("privacy", self.privacy, ("any", "activations-only", "local-only")),
             ("row_format", self.row_format, (None, "f32", "bf16", "int8o")),
+            ("fallback", self.fallback, ("any", "cloud", "none")),
         ):
             if value not in allowed:
                 raise RequestError(
@@ -186,7 +192,8 @@ class Token:
 
 @dataclass(frozen=True)
 class Finished:
-    """Last event. `"".join(token texts) + tail == text`.
+    """Last event. `"".join(token texts) + tail == text`. `route`, `split` and `shape` are those at the end:
+    `events` says what moved the request, if anything did.
 
     `counts`: prompt_tokens, completion_tokens, edge_rows_computed (positions the edge ran through its
     layers), edge_cached_rows (prompt positions its cache already had), rows_sent (rows or ids that
@@ -200,6 +207,9 @@ class Finished:
     timings: Timings
     link: LinkUse
     counts: dict[str, int]
+    route: Route
+    split: int
+    shape: Shape | None
     events: tuple[dict[str, Any], ...] = ()
 
 

@@ -9,15 +9,39 @@ import socket
 import threading
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from pathlib import Path
 
 import uvicorn
 
 from isthmus.edge.api import ServedModel, make_app
-from isthmus.edge.guard import check_bind, is_loopback
+from isthmus.edge.logs import QuietFaults, log, log_config, log_stray_faults
+from isthmus.edge.tls import check_server_files
+from isthmus.protocol.addresses import check_bind, is_loopback
 from isthmus.protocol.errors import ConfigError
+from isthmus.protocol.keys import KeyFile
 
 # How long running requests may go on after SIGTERM before they are cut.
 DRAIN_S = 30
+
+
+def check_edge(
+    host: str, *, key_file: Path | None, tls_cert: Path | None, tls_key: Path | None, insecure: bool
+) -> list[str]:
+    """May the API be served like this? Quick, so that it can be asked before a model is loaded.
+
+    Returns what to warn of at this start. Raises ConfigError for a key file or certificate that is not
+    usable, and for listening beyond loopback without both, unless `insecure`.
+    """
+    check_server_files(tls_cert, tls_key)
+    remarks = KeyFile(key_file).remarks()
+    bound = check_bind(
+        host,
+        keys=key_file is not None,
+        tls=tls_cert is not None,
+        insecure=insecure,
+        key_option="--serve-key-file",
+    )
+    return [bound, *remarks] if bound else remarks
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -47,27 +71,38 @@ async def serve_edge(
     host: str,
     port: int,
     ready: Callable[[str], None],
+    key_file: Path | None = None,
+    tls_cert: Path | None = None,
+    tls_key: Path | None = None,
     insecure: bool = False,
     stop: asyncio.Event | None = None,
 ) -> bool:
     """Start the model's agent and serve it until a signal, or until `stop` is set; then drain and close it.
 
     False where a second SIGINT cut requests short. `ready` is called with the URL once requests are
-    answered. Raises ConfigError where it cannot listen, or would be open to the network and not
-    `insecure`, and what the start of the agent raises.
+    answered. `key_file`: who may use the API; None: everybody who reaches it. Raises ConfigError where it
+    cannot listen or `check_edge` refuses, and what the start of the agent raises.
     """
-    check_bind(host, insecure=insecure)
+    remarks = check_edge(host, key_file=key_file, tls_cert=tls_cert, tls_key=tls_key, insecure=insecure)
     with bind(host, port) as listener:
         bound_host, bound_port = listener.getsockname()[:2]
         shown = f"[{bound_host}]" if ":" in bound_host else bound_host
+        scheme = "https" if tls_cert else "http"
         config = uvicorn.Config(
-            make_app(model, only_local=is_loopback(host)),
+            QuietFaults(make_app(model, only_local=is_loopback(host), keys=KeyFile(key_file))),
             lifespan="off",
+            ws="none",
+            log_config=log_config(),
             log_level="warning",
             access_log=False,
+            ssl_certfile=tls_cert,
+            ssl_keyfile=tls_key,
             timeout_graceful_shutdown=DRAIN_S,
         )
-        server = _Server(config, lambda: ready(f"http://{shown}:{bound_port}"))
+        for remark in remarks:
+            log.warning(remark)
+        log_stray_faults(asyncio.get_running_loop())
+        server = _Server(config, lambda: ready(f"{scheme}://{shown}:{bound_port}"))
         watching = asyncio.create_task(server.stop_when(stop)) if stop else None
         try:
             await model.agent.start()

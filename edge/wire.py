@@ -1,13 +1,13 @@
 """One established websocket to a cloud: the adapter around the sans-IO `EdgeConnection`, and its sessions.
 
-Three tasks (read, write, tick); the wire ends once, for good, and every live session then fails.
+Three tasks (read, write, tick); the wire ends once, for good. Sessions that the cloud may still hold are then
+suspended and can go on over another wire, all others fail.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Sequence
 from contextlib import suppress
 from time import monotonic
 from typing import TYPE_CHECKING, Final
@@ -15,164 +15,48 @@ from typing import TYPE_CHECKING, Final
 from websockets.asyncio.client import ClientConnection
 from websockets.exceptions import ConnectionClosed
 
+from isthmus.edge.deadline import StepDeadline
+from isthmus.edge.link_session import LinkSession, as_lost
 from isthmus.protocol.edge_connection import EdgeConnection
-from isthmus.protocol.errors import CloudLostError, CloudTimeoutError, IsthmusError, ProtocolError
+from isthmus.protocol.errors import CloudLostError, IsthmusError, ProtocolError
 from isthmus.protocol.events import (
     CanaryDone,
     ConnectionFailed,
     EdgeEvent,
+    GoingAway,
     Rejected,
-    ResultRows,
-    ResultTokens,
     SessionClosed,
     SessionFailed,
-    SessionOpened,
-    StreamTokens,
+    SessionSuspended,
     Welcomed,
 )
 from isthmus.protocol.frames import HEADER_BYTES
 from isthmus.protocol.limits import Limits
-from isthmus.protocol.messages import CanaryResult, Hello, Open, Opened, Welcome
-from isthmus.protocol.prefix import PrefixOffer
+from isthmus.protocol.messages import CanaryResult, GoAway, Hello, Open, Welcome
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from isthmus.protocol.activations import Encoded
-    from isthmus.protocol.edge_session import EdgeSession
 
 TICK_S: Final = 0.1
 # Handed to the transport at once: between two such batches a PING or a CANCEL overtakes prefill chunks.
 BATCH_BYTES: Final = 64 * 1024
-
-Output = ResultTokens | ResultRows | StreamTokens
-
-
-class LinkSession:
-    """One session on the link. Awaiting methods raise what ended the session."""
-
-    def __init__(self, wire: Wire, core: EdgeSession) -> None:
-        self._wire = wire
-        self.core = core
-        self.bytes_up = 0
-        self.bytes_down = 0
-        self._opened: Opened | None = None
-        self._outputs: deque[Output] = deque()
-        self._error: IsthmusError | None = None
-        self._waiter: asyncio.Future[None] | None = None
-        self._waiting_since = 0.0
-
-    @property
-    def rtt_s(self) -> float | None:
-        """The link's smoothed round trip, in seconds."""
-        return self._wire.core.rtt_s
-
-    async def opened(self) -> Opened:
-        """Wait for the cloud's answer to OPEN."""
-        while self._opened is None:
-            await self._wait()
-        return self._opened
-
-    async def room(self, n_tok: int, *, decode: bool = False) -> bool:
-        """Wait until a step of `n_tok` rows may go out: the credits cover it and, for a prefill chunk, the
-        transport has taken what was queued before (a decode row, and with `decode` a draft chain, overtakes
-        other sessions' chunks in the queue). False at once where no step may ever be so large: OPENED may
-        lower the limit."""
-        while not self.core.can_send(n_tok):
-            if n_tok > self.max_rows:
-                return False
-            await self._wait()
-        if n_tok > 1 and not decode:
-            await self._wire.drained()
-        if self._error is not None:
-            raise self._error
-        return n_tok <= self.max_rows
-
-    @property
-    def max_rows(self) -> int:
-        """Most rows one step may carry."""
-        window = self.core.opened.credits if self.core.opened else self._wire.initial_credits
-        return min(self.core.chunk_rows, window)
-
-    async def send_rows(
-        self, encoded: Encoded, pos: int, n_tok: int, *, final: bool, truncate: bool = False
-    ) -> None:
-        """Send one STEP of boundary rows; there must be `room`."""
-        self.core.step_rows(encoded, pos, n_tok, final=final, truncate=truncate)
-        await self._wire.send_now()
-
-    async def verify_rows(self, ids: Sequence[int], encoded: Encoded, pos: int, *, truncate: bool) -> None:
-        """Send one VERIFY; there must be `room`."""
-        self.core.verify_rows(ids, encoded, pos, truncate=truncate)
-        await self._wire.send_now()
-
-    def send_ids(self, ids: Sequence[int], pos: int, *, final: bool) -> None:
-        """Queue one STEP of token ids (K = 0); there must be `room`."""
-        self.core.step_ids(ids, pos, final=final)
-        self._wire.wake()
-
-    async def next(self) -> Output:
-        """The next output of the cloud: tokens or hidden rows."""
-        while not self._outputs:
-            await self._wait()
-        return self._outputs.popleft()
-
-    def cancel(self) -> None:
-        """Stop; the cloud keeps nothing. Returns at once; harmless after the end."""
-        if self._error is None:
-            self.core.cancel()
-            self._wire.wake()
-
-    def close(self, offer: PrefixOffer) -> None:
-        """Stop; the cloud may keep the KV under `offer`. Returns at once; harmless after the end."""
-        if self._error is None:
-            self.core.close(offer=offer)
-            self._wire.wake()
-
-    def receive(self, event: EdgeEvent) -> None:
-        """Take in what the reader got for this stream."""
-        if isinstance(event, ResultTokens | ResultRows | StreamTokens):
-            self._outputs.append(event)
-        elif isinstance(event, SessionOpened):
-            self._opened = event.opened
-        elif isinstance(event, SessionFailed) and self._error is None:
-            self._error = event.error
-        self._wake()
-
-    def check_deadline(self, now: float, step_timeout_s: float) -> None:
-        """Fail a wait in which the cloud, though alive, made no progress for too long."""
-        if self._waiter is not None and now - self._waiting_since > step_timeout_s and self._error is None:
-            self.cancel()
-            waited = now - self._waiting_since
-            self._error = CloudTimeoutError(
-                f"no progress on the session for {waited:.0f} s, allowed are {step_timeout_s:.0f} s",
-                hint="the cloud is alive but too busy; try again, or take another route",
-            )
-            self._wake()
-
-    async def _wait(self) -> None:
-        """Wait for any event of this stream."""
-        if self._error is not None:
-            raise self._error
-        self._waiter = asyncio.get_running_loop().create_future()
-        self._waiting_since = monotonic()
-        try:
-            await self._waiter
-        finally:
-            self._waiter = None
-
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+FLUSH_TIMEOUT_S: Final = 1.0
 
 
 class Wire:
     """One established websocket with its protocol state and its three tasks; ends once, for good."""
 
     def __init__(
-        self, socket_: ClientConnection, hello: Hello, limits: Limits, step_timeout_s: float
+        self,
+        socket_: ClientConnection,
+        hello: Hello,
+        limits: Limits,
+        first_timeout_s: float,
+        deadline: StepDeadline,
     ) -> None:
+        """`first_timeout_s`: how long a session may wait for its first output; `deadline`: for a step."""
         self.core = EdgeConnection(hello, limits)
         self.sessions: dict[int, LinkSession] = {}
         self.bytes_up = 0
@@ -182,7 +66,10 @@ class Wire:
         self.welcomed: asyncio.Future[Welcome] = loop.create_future()
         self._canaries: deque[asyncio.Future[CanaryResult]] = deque()
         self._socket = socket_
-        self._step_timeout_s = step_timeout_s
+        self.deadline = deadline
+        self.goaway: GoAway | None = None
+        self._limits = limits
+        self._first_timeout_s = first_timeout_s
         self._to_send = asyncio.Event()
         self._flushing = asyncio.Lock()
         self._idle = asyncio.Event()
@@ -218,6 +105,13 @@ class Wire:
         self.wake()
         return session
 
+    def resume(self, session: LinkSession) -> None:
+        """Send RESUME for a suspended session; `session.resumed()` waits for the answer."""
+        self.core.resume(session.core)
+        session.attach(self)
+        self.sessions[session.core.stream] = session
+        self.wake()
+
     def canary(self, split: int, rows: NDArray[np.float32]) -> asyncio.Future[CanaryResult]:
         self.core.canary(split, rows)
         future: asyncio.Future[CanaryResult] = asyncio.get_running_loop().create_future()
@@ -226,7 +120,14 @@ class Wire:
         return future
 
     async def aclose(self) -> None:
-        """End the connection; live sessions fail with CloudLostError."""
+        """Leave on purpose: the cloud is told to let go of what still runs, and keeps nothing."""
+        for session in list(self.sessions.values()):
+            session.cancel()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(FLUSH_TIMEOUT_S):
+                if self.error is None:
+                    await self._flush()
+                    await self._socket.close()
         self._end(CloudLostError("the link to the cloud was closed on this side", code="link_closed"))
         for task in self._tasks:
             task.cancel()
@@ -286,13 +187,22 @@ class Wire:
             self._idle.set()
 
     async def _tick(self) -> None:
+        last = monotonic()
         while self.error is None:
             await asyncio.sleep(TICK_S)
             now = monotonic()
             self._note_progress(now)
             self._handle(self.core.on_tick(now))
+            overslept = now - last - TICK_S
+            step_timeout_s = self.deadline.seconds
             for session in list(self.sessions.values()):
-                session.check_deadline(now, self._step_timeout_s)
+                if overslept > TICK_S:  # suspended, or the loop was held up: results may wait unread
+                    session.excuse(overslept)
+                # Where nothing at all is heard the link is at fault, and the heartbeat will say so: the
+                # session can then be resumed, while one that missed its deadline is given up.
+                if now - self.core.last_heard < 1.5 * self._limits.heartbeat_s:
+                    session.check_deadline(now, self._first_timeout_s, step_timeout_s)
+            last = now
             self.wake()
 
     def _note_progress(self, now: float) -> None:
@@ -304,20 +214,25 @@ class Wire:
         self._backlog = backlog
 
     def _handle(self, events: list[EdgeEvent]) -> None:
+        ended = any(isinstance(event, ConnectionFailed) for event in events)
         for event in events:
+            if ended and isinstance(event, SessionFailed):  # not for a fault of its own
+                event = SessionFailed(event.stream, as_lost(event.error))
             if isinstance(event, Welcomed):
                 if not self.welcomed.done():
                     self.welcomed.set_result(event.welcome)
             elif isinstance(event, CanaryDone):
                 if self._canaries and not (future := self._canaries.popleft()).done():
                     future.set_result(event.result)
+            elif isinstance(event, GoingAway):
+                self.goaway = event.goaway
             elif isinstance(event, Rejected | ConnectionFailed):
                 self._end(event.error)
             elif (stream := getattr(event, "stream", None)) is not None:
                 session = self.sessions.get(stream)
                 if session is not None:
                     session.receive(event)
-                if isinstance(event, SessionFailed | SessionClosed):
+                if isinstance(event, SessionFailed | SessionSuspended | SessionClosed):
                     self.sessions.pop(stream, None)
 
     def _end(self, error: IsthmusError) -> None:
@@ -325,10 +240,10 @@ class Wire:
         if self.error is not None:
             return
         self.error = error
+        self._handle(self.core.lost(error))
         for stream, session in list(self.sessions.items()):
-            session.receive(SessionFailed(stream, error))
+            session.receive(SessionFailed(stream, as_lost(error)))
         self.sessions.clear()
-        self.core.lost(error)
         if not self.welcomed.done():
             self.welcomed.set_exception(error)
             self.welcomed.exception()  # maybe nobody waits for it any more

@@ -107,6 +107,41 @@ class KVCache:
                 )
             self._length = to
 
+    def restore(self, to: int) -> None:
+        """Takes a `truncate` back: counts the rows up to `to` again, none of which was overwritten with
+        another token's meanwhile. Raises RequestError beyond what was ever written."""
+        with self.lock:
+            if not self._length <= to <= min(self._touched, self.capacity):
+                raise RequestError(
+                    f"cannot restore a KV cache of {self._length} rows to {to}: {self._touched} were written",
+                    code="bad_restore",
+                )
+            self._length = to
+
+    def join(self, deeper: KVCache) -> None:
+        """Takes over `deeper`, which holds as many rows for the layers right behind these, and is empty and
+        closed afterwards. Raises RequestError where the two don't fit together."""
+        with self.lock, deeper.lock:
+            if deeper.layers.start != self.layers.stop or deeper.length != self._length:
+                raise RequestError(
+                    f"layers {deeper.layers.start}..{deeper.layers.stop} with {deeper.length} rows don't go "
+                    f"on from layers {self.layers.start}..{self.layers.stop} with {self._length}",
+                    code="bad_layer_range",
+                )
+            capacity = max(self.capacity, deeper.capacity)
+            for cache in (self, deeper):
+                if cache.capacity < capacity:
+                    cache._grow(capacity)
+            self.layers = range(self.layers.start, deeper.layers.stop)
+            self.keys += deeper.keys
+            self.values += deeper.values
+            self._touched = max(self._touched, deeper._touched)
+            self.steps.clear()
+            deeper.steps.clear()
+            deeper.keys, deeper.values = [], []
+            deeper._length = 0
+            deeper._closed = True
+
     def close(self) -> None:
         """Overwrites everything with zeros (the next owner of the memory sees no one's text) and lets go."""
         with self.lock:

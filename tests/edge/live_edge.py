@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import queue
+import ssl
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,8 +38,18 @@ class LiveEdge:
 
 
 @contextmanager
-def live_edge(pack: Pack, *, ask: Ask | None = None, **options: Any) -> Iterator[LiveEdge]:
-    """Serves `pack` under NAME; drains and closes at the end. `options` are the Agent's."""
+def live_edge(
+    pack: Pack,
+    *,
+    ask: Ask | None = None,
+    served: dict[str, Any] | None = None,
+    verify: ssl.SSLContext | bool = True,
+    **options: Any,
+) -> Iterator[LiveEdge]:
+    """Serves `pack` under NAME; drains and closes at the end.
+
+    `options` are the Agent's, `served` those of serve_edge (keys, TLS); `verify`: whom `http` trusts.
+    """
     template = ChatTemplate.from_pack(pack)
     said: queue.Queue[str | BaseException] = queue.Queue()
     stoppers: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
@@ -48,7 +59,8 @@ def live_edge(pack: Pack, *, ask: Ask | None = None, **options: Any) -> Iterator
         stoppers.append((asyncio.get_running_loop(), stop))
         agent = Agent(pack, **options)
         model = ServedModel(NAME, agent, template, pack.generation(), ask or Ask())
-        await serve_edge(model, host="127.0.0.1", port=0, ready=said.put, stop=stop)
+        access = {"host": "127.0.0.1", **(served or {})}
+        await serve_edge(model, port=0, ready=said.put, stop=stop, **access)
 
     def run() -> None:
         try:
@@ -62,7 +74,7 @@ def live_edge(pack: Pack, *, ask: Ask | None = None, **options: Any) -> Iterator
         first = said.get(timeout=60)
         if isinstance(first, BaseException):
             raise first
-        with httpx.Client(base_url=first, timeout=60) as http:
+        with httpx.Client(base_url=first, timeout=60, verify=verify) as http:
             yield LiveEdge(first, http, template)
     finally:
         for loop, stop in stoppers:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 from isthmus.cloud.engine import Engine, EngineStats
@@ -90,6 +90,7 @@ def real_cloud(model: TinyModel, *, pages: int = 4000, limits: Limits | None = N
     try:
         yield cloud
     finally:
-        cloud.loop.call_soon_threadsafe(lambda: cloud.server.stop())
+        with suppress(RuntimeError):  # it was drained, and has ended by itself
+            cloud.loop.call_soon_threadsafe(lambda: cloud.server.stop())
         thread.join(30)
         assert not thread.is_alive()

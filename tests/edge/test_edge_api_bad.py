@@ -14,7 +14,6 @@ import httpx
 import pytest
 
 from isthmus.edge.api import MAX_BODY_BYTES
-from isthmus.edge.guard import check_bind, is_loopback
 from isthmus.edge.server import bind
 from isthmus.protocol.errors import ConfigError
 from tests.edge.edge_world import TinyModel, make_model
@@ -117,6 +116,7 @@ def test_an_unknown_field_is_named(edge: LiveEdge, body: dict[str, Any], param: 
         ({"response_format": {"type": "json_object"}}, "response_format.type", "'text'"),
         ({"isthmus": {"route": "fast"}}, "isthmus.route", "'local'"),
         ({"isthmus": {"privacy": "none"}}, "isthmus.privacy", "'any'"),
+        ({"isthmus": {"fallback": "local"}}, "isthmus.fallback", "'cloud'"),
         ({"isthmus": {"priority": 11}}, "isthmus.priority", "less than or equal to 10"),
         ({"isthmus": {"priority": "high"}}, "isthmus.priority", "integer"),
     ],
@@ -350,16 +350,6 @@ def test_a_page_of_another_origin_is_refused(edge: LiveEdge, origin: str) -> Non
 
 def test_our_own_page_is_served(edge: LiveEdge) -> None:
     assert edge.http.get("/v1/models", headers={"origin": edge.url}).status_code == 200
-
-
-def test_no_stranger_is_let_in_unasked() -> None:
-    assert is_loopback("localhost")
-    assert is_loopback("[::1]")
-    check_bind("127.0.0.1", insecure=False)
-    check_bind("0.0.0.0", insecure=True)
-    with pytest.raises(ConfigError, match=r"0\.0\.0\.0") as caught:
-        check_bind("0.0.0.0", insecure=False)
-    assert caught.value.code == "insecure_bind"
 
 
 def test_a_taken_port_is_named() -> None:

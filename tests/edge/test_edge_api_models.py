@@ -119,6 +119,17 @@ def test_shape_and_codec_are_kept_whatever_the_route() -> None:
     assert (way.shape, way.codec) == ("u", "f32")
 
 
+@pytest.mark.parametrize(
+    ("asked", "default", "result"),
+    [(None, None, "any"), (None, "none", "none"), ("any", "none", "any"), ("cloud", None, "cloud")],
+)
+def test_where_a_request_may_go_reaches_the_agent(
+    asked: str | None, default: str | None, result: str
+) -> None:
+    body = chat(isthmus={"fallback": asked})
+    assert requests(body, fallback=default)[0].fallback == result
+
+
 def test_privacy_reaches_the_agent() -> None:
     assert requests(chat(isthmus={"privacy": "activations-only"}))[0].privacy == "activations-only"
 

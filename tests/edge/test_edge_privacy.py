@@ -137,7 +137,8 @@ async def test_local_only_never_touches_the_network(
 async def test_a_failing_cloud_does_not_loosen_activations_only(tiny: TinyModel) -> None:
     async with toy_cloud(info_of(tiny), mute=True) as cloud:
         agent = await agent_at(tiny, cloud, min_depth=2)
-        events = agent.generate(ask(PROMPT, 4, privacy="activations-only", route="split", split=2))
+        request = ask(PROMPT, 4, privacy="activations-only", route="split", split=2, fallback="none")
+        events = agent.generate(request)
         await anext(events)
         failing = anext(events)
 

@@ -22,7 +22,8 @@ STARTED = Started("req-1", DECISION, "split", 2, "u")
 
 def finished(*ids: int, tail: str = "") -> Finished:
     counts = {"edge_cached_rows": 3}
-    return Finished("stop", ids, "", tail, Timings(0.1, 10.0, 0.2), LinkUse(0.02, 5, 6), counts)
+    timings, link = Timings(0.1, 10.0, 0.2), LinkUse(0.02, 5, 6)
+    return Finished("stop", ids, "", tail, timings, link, counts, "local", 4, None)
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +104,9 @@ async def test_the_extension_comes_with_the_last_choice_only(tokenizer: Tokenize
         "index": 1, "delta": {"content": "!"}, "logprobs": None, "finish_reason": "stop"
     }  # fmt: skip
     how = got[3]["isthmus"]
-    assert (how["route"], how["split"], how["shape"], how["link"]["bytes_up"]) == ("split", 2, "u", 5)
+    # Where it ended; the decision says how it began.
+    assert (how["route"], how["split"], how["shape"], how["link"]["bytes_up"]) == ("local", 4, None, 5)
+    assert how["decision"]["route"] == "split"
 
 
 async def test_usage_counts_every_choice(tokenizer: Tokenizer) -> None:

@@ -12,6 +12,7 @@ import pytest
 from isthmus.edge.agent import Agent
 from isthmus.edge.requests import Token
 from isthmus.protocol.errors import CloudLostError
+from isthmus.protocol.limits import Limits
 from isthmus.protocol.sampling import SamplingParams
 from tests.edge.edge_world import TinyModel, ask, collect, prompt_of
 from tests.edge.real_cloud import RealCloud, real_cloud
@@ -25,7 +26,9 @@ IDS = ["-".join(str(v) for v in way.values()) for way in WAYS]
 
 @pytest.fixture(scope="module")
 def cloud(tiny: TinyModel) -> Iterator[RealCloud]:
-    with real_cloud(tiny) as running:
+    with real_cloud(
+        tiny, limits=Limits(detached_s=0.0)
+    ) as running:  # so that each test can count its sessions
         yield running
 
 
@@ -190,7 +193,7 @@ async def test_a_lost_cloud_is_a_typed_error_and_the_agent_stays_up(
     tiny: TinyModel, cloud: RealCloud, way: dict[str, Any]
 ) -> None:
     async with agent_at(tiny, cloud) as agent:
-        events = agent.generate(ask(prompt_of(40), 450, **way))
+        events = agent.generate(ask(prompt_of(40), 450, fallback="none", **way))
         for _ in range(4):  # Started and three tokens
             await anext(events)
         cloud.drop_connections()

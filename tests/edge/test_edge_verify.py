@@ -11,6 +11,7 @@ import pytest
 from isthmus.edge.agent import Agent
 from isthmus.edge.conversation import CachePool, CloudMemory
 from isthmus.edge.half import EdgeHalf
+from isthmus.edge.history import HistoryBudget
 from isthmus.edge.link import CloudLink
 from isthmus.edge.remote import CloudHalf, OfferContext
 from isthmus.edge.requests import Decision, GenerateRequest
@@ -100,7 +101,7 @@ async def drafting(
         versions=(VERSION,), identity=model.pack.identity, edge_precision="f32", row_formats=("f32", "int8o")
     )
     link = CloudLink(cloud.url, hello)
-    offers = OfferContext(b"s" * 32, model.pack, CloudMemory())
+    offers = OfferContext(b"s" * 32, model.pack, CloudMemory(), HistoryBudget(1 << 20))
     decision = Decision("split", 2, shape, "asked")
     half = CloudHalf(link, await link.connect(), request, decision, "f32", offers)
     pool: CachePool[KVCache] = CachePool(1 << 20)

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import httpx
 import pytest
 
 from isthmus.edge.agent import Agent
-from isthmus.edge.requests import AgentEvent, Finished, GenerateRequest, Token
+from isthmus.edge.requests import AgentEvent, Fallback, Finished, GenerateRequest, Token
 from isthmus.protocol.errors import CloudError
 from isthmus.protocol.sampling import SamplingParams
 from isthmus.splitter.pack import Pack
@@ -78,9 +79,10 @@ async def finish(agent: Agent, request: GenerateRequest) -> Finished:
     raise AssertionError("no last event")
 
 
-async def drained(events: AsyncIterator[AgentEvent]) -> None:
-    async for _ in events:
-        pass
+async def drained(events: AsyncIterator[AgentEvent]) -> Finished:
+    last = [event async for event in events][-1]
+    assert isinstance(last, Finished)
+    return last
 
 
 def prompt_of(length: int, seed: int) -> list[int]:
@@ -135,16 +137,26 @@ async def test_eight_edges_at_once_get_what_they_get_alone(pack: Pack, cloud: Se
     assert (await settled(cloud))["sessions"] == 0
 
 
-async def test_a_killed_cloud_is_a_typed_error_and_the_edge_stays_up(source: Path, pack: Pack) -> None:
+@pytest.mark.parametrize("fallback", ["any", "none"])
+async def test_a_killed_cloud_costs_no_token_or_is_a_typed_error(
+    source: Path, pack: Pack, fallback: Fallback
+) -> None:
     with serve("cloud", "--model", str(source), "--port", "0", "--precision", "fp32") as doomed:
         async with edge(pack, doomed.url) as agent:
-            events = agent.generate(ask(prompt_of(30, 1), 4, tokens=1500))
+            request = ask(prompt_of(30, 1), 4, tokens=300)
+            whole = await finish(agent, ask(prompt_of(30, 1), LAYERS, tokens=300))
+            events = agent.generate(replace(request, fallback=fallback))
             seen = [await anext(events) for _ in range(6)]
             assert sum(isinstance(event, Token) for event in seen) == 5
             doomed.kill()
             killed_at = time.monotonic()
-            with pytest.raises(CloudError):
-                await drained(events)
+            if fallback == "none":
+                with pytest.raises(CloudError):
+                    await drained(events)
+            else:
+                finished = await drained(events)
+                assert finished.token_ids == whole.token_ids
+                assert finished.route == "local"
             assert time.monotonic() - killed_at < 10
             assert len((await finish(agent, ask(prompt_of(10, 2), LAYERS))).token_ids) == 24
             assert agent.stats()["running"] == 0
