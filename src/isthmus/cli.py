@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 import isthmus
-from isthmus.commands import bench, chat, configuration, generate, models, relay, serve
+from isthmus.commands import bench, chat, configuration, generate, keys, models, relay, serve
 from isthmus.commands.output import print_error
 from isthmus.protocol.errors import IsthmusError
 
@@ -26,7 +26,16 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-for command in (models.pull, models.build, models.show, models.rm, generate.run, chat.chat, relay.relay):
+for command in (
+    models.pull,
+    models.build,
+    models.show,
+    models.rm,
+    generate.run,
+    chat.chat,
+    keys.key,
+    relay.relay,
+):
     app.command()(command)
 app.command(name="list")(models.list_)
 app.add_typer(serve.app, name="serve")

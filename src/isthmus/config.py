@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tomllib
 from collections.abc import Mapping
@@ -25,6 +26,7 @@ class Setting:
     help: str
     choices: tuple[str, ...] = ()
     secret: bool = False
+    least: float | None = None
 
     @property
     def env(self) -> str:
@@ -43,26 +45,48 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("cloud", "list", None, "cloud URLs (ws:// or wss://), tried in order"),
     Setting("api_key", "str", None, "key for the cloud", secret=True),
     Setting("api_key_file", "str", None, "file with the key (edge) or `label:key` lines (cloud)"),
+    Setting("serve_key_file", "str", None, "file of `label:key` lines: who may use the edge's API"),
+    Setting("tls_ca", "str", None, "PEM file with the only certificates to trust for clouds; own CA"),
+    Setting("tls_client_cert", "str", None, "PEM file with the certificate that the edge shows clouds"),
+    Setting("tls_client_key", "str", None, "PEM file with the key of tls_client_cert"),
     Setting("route", "str", "auto", "route of a request", ("auto", "local", "split", "offload")),
-    Setting("split", "int", None, "number of layers on the edge"),
+    Setting("split", "int", None, "number of layers on the edge", least=0),
     Setting(
         "shape", "str", None, "who samples in a split: the cloud (prefix) or the edge (u)", ("prefix", "u")
     ),
     Setting("codec", "str", None, "format of boundary rows on the wire", ("f32", "bf16", "int8o")),
+    Setting(
+        "fallback", "str", "any", "where a request may go on whose cloud is lost", ("any", "cloud", "none")
+    ),
+    Setting("reconnect_s", "float", 10.0, "seconds to try to reach a lost cloud again", least=0),
+    Setting("history_mb", "int", 64, "memory for sent rows, kept for a lost cloud", least=0),
     Setting("provider", "str", "cpu", "ONNX Runtime execution provider of the edge"),
     Setting(
-        "threads", "int", None, "compute threads; none given = the physical cores allowed to this process"
+        "threads",
+        "int",
+        None,
+        "compute threads; none given = the physical cores allowed to this process",
+        least=1,
     ),
-    Setting("memory_mb", "int", None, "most memory the edge's weights and KV may take"),
-    Setting("min_depth", "int", 1, "fewest layers the edge keeps when it splits"),
-    Setting("parallel", "int", 1, "requests the edge serves at once"),
-    Setting("queue", "int", 64, "requests that may wait on the edge before it answers 429"),
+    Setting("memory_mb", "int", None, "most memory the edge's weights and KV may take", least=1),
+    Setting("min_depth", "int", 1, "fewest layers the edge keeps when it splits", least=1),
+    Setting("parallel", "int", 1, "requests the edge serves at once", least=1),
+    Setting("queue", "int", 64, "requests that may wait on the edge before it answers 429", least=0),
     Setting("device", "str", "auto", "where the cloud computes", ("auto", "cpu", "cuda")),
     Setting("precision", "str", "auto", "weights of the cloud", ("auto", "fp32", "bf16", "int8", "int4")),
     Setting("policy", "str", "mlfq", "whose turn it is in the cloud", ("fcfs", "mlfq")),
-    Setting("kv_mb", "int", None, "memory for the cloud's KV pages; none given = a few full contexts"),
-    Setting("max_tokens", "int", 256, "most tokens to generate"),
-    Setting("temperature", "float", None, "0 = greedy; none given = what the model's makers advise"),
+    Setting(
+        "kv_mb", "int", None, "memory for the cloud's KV pages; none given = a few full contexts", least=1
+    ),
+    Setting("alternative", "str", None, "cloud URL that edges are sent to when this cloud shuts down"),
+    Setting("preemption_notice", "str", None, "file or URL that tells a spot machine that it will be taken"),
+    Setting("detached_s", "float", None, "seconds a session without connection is kept; 0 = not", least=0),
+    Setting("tenant_sessions", "int", None, "most sessions of one tenant", least=1),
+    Setting("tenant_kv_mb", "int", None, "most KV memory of one tenant", least=1),
+    Setting("tenant_tokens_per_s", "float", None, "tokens per second of one tenant; 0 = no limit", least=0),
+    Setting("tenant_resumes_per_min", "int", None, "resumes per minute of one tenant; 0 = no limit", least=0),
+    Setting("max_tokens", "int", 256, "most tokens to generate", least=1),
+    Setting("temperature", "float", None, "0 = greedy; none given = what the model's makers advise", least=0),
 )
 BY_NAME = {setting.name: setting for setting in SETTINGS}
 
@@ -123,6 +147,8 @@ def parse(setting: Setting, raw: object, origin: str) -> Value:
                 if isinstance(raw, bool):
                     raise ValueError
                 value = float(str(raw))
+                if not math.isfinite(value):
+                    raise ValueError
             case "str":
                 value = str(raw)
     except ValueError:
@@ -131,6 +157,10 @@ def parse(setting: Setting, raw: object, origin: str) -> Value:
         ) from None
     if setting.choices and value not in setting.choices:
         raise ConfigError(f"{origin}: {setting.name} = {raw!r}", hint=f"one of {', '.join(setting.choices)}")
+    if setting.least is not None and isinstance(value, int | float) and value < setting.least:
+        raise ConfigError(
+            f"{origin}: {setting.name} = {raw!r}, at least {setting.least:g} is needed", hint=setting.help
+        )
     return value
 
 

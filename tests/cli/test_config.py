@@ -8,8 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from isthmus.commands.generate import asked_way
+from isthmus.commands.setup import agent_options
 from isthmus.config import BY_NAME, Settings, config_path, read_file, write_setting
 from isthmus.protocol.errors import ConfigError
+from tests.certificates import make_authority
 
 
 def settings(tmp_path: Path, text: str = "", flags: dict[str, object] | None = None, **env: str) -> Settings:
@@ -43,6 +46,11 @@ def test_several_clouds_come_from_each_origin(tmp_path: Path) -> None:
         ("parallel = true", "parallel"),
         ("route = 'fast'", "route"),
         ("cloud = [1]", "cloud"),
+        ("parallel = 0", "at least 1"),
+        ("reconnect_s = -0.5", "at least 0"),
+        ("reconnect_s = nan", "reconnect_s"),
+        ("detached_s = inf", "detached_s"),
+        ("fallback = 'local'", "any, cloud, none"),
         ("parallel = ", "config.toml"),
     ],
 )
@@ -73,3 +81,24 @@ def test_what_is_set_is_read_back(tmp_path_factory: pytest.TempPathFactory, text
     write_setting(path, "parallel", "7")
     write_setting(path, "model", text)
     assert read_file(path) == {"parallel": 7, "model": text}
+
+
+def test_what_happens_to_a_request_whose_cloud_is_lost_is_a_setting(tmp_path: Path) -> None:
+    text = 'fallback = "cloud"\nreconnect_s = 2.5'
+    of_file = settings(tmp_path, text, ISTHMUS_HISTORY_MB="7")
+    options = agent_options(of_file)
+    assert (options["recovery"].budget_s, options["history_mb"]) == (2.5, 7)
+    assert asked_way(of_file).fallback == "cloud"
+    flagged = settings(tmp_path, text, {"fallback": "none", "reconnect_s": 0.0, "history_mb": 0})
+    options = agent_options(flagged)
+    assert (options["recovery"].budget_s, options["history_mb"]) == (0.0, 0)
+    assert asked_way(flagged).fallback == "none"
+
+
+def test_certificates_for_clouds_are_settings(tmp_path: Path) -> None:
+    own = make_authority(tmp_path)
+    assert agent_options(settings(tmp_path))["ssl_context"] is None
+    trusted = agent_options(settings(tmp_path, ISTHMUS_TLS_CA=str(own.ca)))["ssl_context"].get_ca_certs()
+    assert len(trusted) == 1
+    with pytest.raises(ConfigError, match="go together"):
+        agent_options(settings(tmp_path, flags={"tls_client_cert": str(own.ca)}))

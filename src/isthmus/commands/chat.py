@@ -15,21 +15,24 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
 
-from isthmus.commands.generate import (
+from isthmus.commands.generate import decision_table, make_request, result_json, summary_line
+from isthmus.commands.options import (
     BitsOption,
     CloudOption,
     CodecOption,
+    FallbackOption,
+    HistoryOption,
     KeyFileOption,
     MaxTokensOption,
+    ReconnectOption,
     RouteOption,
     SeedOption,
     ShapeOption,
     SplitOption,
     TemperatureOption,
-    decision_table,
-    make_request,
-    result_json,
-    summary_line,
+    TlsCaOption,
+    TlsClientCertOption,
+    TlsClientKeyOption,
 )
 from isthmus.commands.output import JsonFlag, ModelOption, err, out, print_json, write_text
 from isthmus.commands.setup import provide_pack, running_agent
@@ -62,6 +65,12 @@ def chat(
     codec: CodecOption = None,
     cloud: CloudOption = None,
     api_key_file: KeyFileOption = None,
+    tls_ca: TlsCaOption = None,
+    tls_client_cert: TlsClientCertOption = None,
+    tls_client_key: TlsClientKeyOption = None,
+    fallback: FallbackOption = None,
+    reconnect_s: ReconnectOption = None,
+    history_mb: HistoryOption = None,
     max_tokens: MaxTokensOption = None,
     temperature: TemperatureOption = None,
     seed: SeedOption = None,
@@ -73,7 +82,9 @@ def chat(
     """
     flags: dict[str, object] = {
         "model": model, "bits": bits, "route": route, "split": split, "shape": shape, "codec": codec,
-        "cloud": cloud, "api_key_file": api_key_file, "max_tokens": max_tokens, "temperature": temperature,
+        "cloud": cloud, "api_key_file": api_key_file, "tls_ca": tls_ca, "tls_client_cert": tls_client_cert,
+        "tls_client_key": tls_client_key, "fallback": fallback, "reconnect_s": reconnect_s,
+        "history_mb": history_mb, "max_tokens": max_tokens, "temperature": temperature,
     }  # fmt: skip
     pack = provide_pack(Settings(flags))
     conversation = _Conversation(pack, flags, seed, json)

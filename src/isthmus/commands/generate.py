@@ -12,6 +12,24 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
+from isthmus.commands.options import (
+    BitsOption,
+    CloudOption,
+    CodecOption,
+    FallbackOption,
+    HistoryOption,
+    KeyFileOption,
+    MaxTokensOption,
+    ReconnectOption,
+    RouteOption,
+    SeedOption,
+    ShapeOption,
+    SplitOption,
+    TemperatureOption,
+    TlsCaOption,
+    TlsClientCertOption,
+    TlsClientKeyOption,
+)
 from isthmus.commands.output import JsonFlag, ModelOption, err, human_bytes, print_json, write_text
 from isthmus.commands.setup import provide_pack, running_agent
 from isthmus.config import Settings
@@ -21,48 +39,6 @@ if TYPE_CHECKING:
     from isthmus.edge.api_models import Ask
     from isthmus.edge.requests import Candidate, Decision, Finished, GenerateRequest, Started
     from isthmus.splitter.pack import Pack
-
-BitsOption = Annotated[
-    str | None, typer.Option("--bits", help="Weights of the pack: auto, 4, 8 or 32.", metavar="BITS")
-]
-RouteOption = Annotated[
-    str | None, typer.Option("--route", help="auto, local, split or offload.", metavar="ROUTE")
-]
-SplitOption = Annotated[
-    int | None, typer.Option("--split", help="Number of layers on the edge.", metavar="K")
-]
-ShapeOption = Annotated[
-    str | None,
-    typer.Option(
-        "--shape", help="Who samples in a split: the cloud (prefix) or the edge (u).", metavar="SHAPE"
-    ),
-]
-CodecOption = Annotated[
-    str | None,
-    typer.Option("--codec", help="Boundary rows on the wire: f32, bf16 or int8o.", metavar="CODEC"),
-]
-CloudOption = Annotated[
-    list[str] | None, typer.Option("--cloud", help="ws:// or wss:// URL; may be repeated.", metavar="URL")
-]
-KeyFileOption = Annotated[
-    str | None, typer.Option("--api-key-file", help="File with the key for the cloud.", metavar="FILE")
-]
-MaxTokensOption = Annotated[
-    int | None, typer.Option("--max-tokens", help="Most tokens to generate.", min=1, metavar="N")
-]
-TemperatureOption = Annotated[
-    float | None,
-    typer.Option(
-        "--temperature",
-        help="0 = greedy. Default: the model's own advice, greedy where it has none.",
-        min=0,
-        metavar="T",
-    ),
-]
-SeedOption = Annotated[
-    int | None,
-    typer.Option("--seed", help="Seed of the sampler; drawn at random by default.", min=0, metavar="S"),
-]
 
 
 def run(
@@ -81,6 +57,12 @@ def run(
     codec: CodecOption = None,
     cloud: CloudOption = None,
     api_key_file: KeyFileOption = None,
+    tls_ca: TlsCaOption = None,
+    tls_client_cert: TlsClientCertOption = None,
+    tls_client_key: TlsClientKeyOption = None,
+    fallback: FallbackOption = None,
+    reconnect_s: ReconnectOption = None,
+    history_mb: HistoryOption = None,
     max_tokens: MaxTokensOption = None,
     temperature: TemperatureOption = None,
     seed: SeedOption = None,
@@ -96,7 +78,9 @@ def run(
     settings = Settings(
         {
             "model": model, "bits": bits, "route": route, "split": split, "shape": shape, "codec": codec,
-            "cloud": cloud, "api_key_file": api_key_file, "max_tokens": max_tokens,
+            "cloud": cloud, "api_key_file": api_key_file, "tls_ca": tls_ca,
+            "tls_client_cert": tls_client_cert, "tls_client_key": tls_client_key, "fallback": fallback,
+            "reconnect_s": reconnect_s, "history_mb": history_mb, "max_tokens": max_tokens,
             "temperature": temperature,
         }
     )  # fmt: skip
@@ -162,6 +146,7 @@ def make_request(pack: Pack, settings: Settings, ids: list[int], seed: int | Non
         split=how.split,
         shape=how.shape,
         row_format=how.codec,
+        fallback=how.fallback or "any",
     )
 
 
@@ -196,7 +181,8 @@ async def _generate(
 
 
 def result_json(request: GenerateRequest, started: Started, finished: Finished) -> dict[str, Any]:
-    """The object `isthmus run --json` prints."""
+    """The object `isthmus run --json` prints. Route, K and shape are those at the end; `events` says what
+    moved the request, and the decision how it began."""
     from dataclasses import asdict
 
     return {
@@ -204,9 +190,9 @@ def result_json(request: GenerateRequest, started: Started, finished: Finished) 
         "token_ids": list(finished.token_ids),
         "prompt_tokens": len(request.prompt_ids),
         "finish_reason": finished.finish_reason,
-        "route": started.route,
-        "split": started.split,
-        "shape": started.shape,
+        "route": finished.route,
+        "split": finished.split,
+        "shape": finished.shape,
         "decision": started.decision.to_dict(),
         "timings": asdict(finished.timings),
         "link": asdict(finished.link),
@@ -218,13 +204,11 @@ def result_json(request: GenerateRequest, started: Started, finished: Finished) 
 def summary_line(started: Started, finished: Finished) -> str:
     """One line about how the answer came to be."""
     timings, link = finished.timings, finished.link
-    where = {"local": "all layers here", "offload": "all layers in the cloud"}.get(
-        started.route, f"{started.split} layers here, shape {started.shape}"
-    )
+    began, ended = _way(started), _way(finished)
     count = len(finished.token_ids)
     cut = ", as many as were allowed" if finished.finish_reason == "length" else ""
     parts = [
-        f"{started.route} ({where})",
+        ended if ended == began else f"{ended}, begun as {began}",
         f"{count} token{'s' * (count != 1)}{cut}",
         f"first after {timings.ttft_s:.2f} s",
         f"{timings.decode_tokens_per_s:.1f} tok/s",
@@ -232,6 +216,14 @@ def summary_line(started: Started, finished: Finished) -> str:
     if link.bytes_up or link.bytes_down:
         parts.append(f"{human_bytes(link.bytes_up)} up, {human_bytes(link.bytes_down)} down")
     return " · ".join(parts)
+
+
+def _way(at: Started | Finished) -> str:
+    """The route of one moment, and where the layers are."""
+    where = {"local": "all layers here", "offload": "all layers in the cloud"}.get(
+        at.route, f"{at.split} layers here, shape {at.shape}"
+    )
+    return f"{at.route} ({where})"
 
 
 def decision_table(decision: Decision) -> Table:

@@ -8,23 +8,31 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from isthmus.commands.generate import (
+from isthmus.commands.generate import asked_way
+from isthmus.commands.options import (
     BitsOption,
     CloudOption,
     CodecOption,
+    FallbackOption,
+    HistoryOption,
     KeyFileOption,
+    ReconnectOption,
     RouteOption,
     ShapeOption,
     SplitOption,
-    asked_way,
+    TlsCaOption,
+    TlsClientCertOption,
+    TlsClientKeyOption,
 )
 from isthmus.commands.output import JsonFlag, ModelOption, out, print_error, print_json, progress_bar
 from isthmus.commands.setup import agent_options, provide_pack
 from isthmus.config import Settings
+from isthmus.protocol.addresses import check_bind
 from isthmus.protocol.errors import ConfigError
 
 app = typer.Typer(help="Serve the edge agent, the cloud service, or both.", no_args_is_help=True)
@@ -37,8 +45,14 @@ ParallelOption = Annotated[
     int | None, typer.Option("--parallel", help="Requests served at once.", min=1, metavar="N")
 ]
 ThreadsOption = Annotated[int | None, typer.Option("--threads", help="Compute threads.", min=1, metavar="N")]
+TlsCertOption = Annotated[
+    Path | None, typer.Option("--tls-cert", help="Certificate chain of this server, PEM.", metavar="FILE")
+]
+TlsKeyOption = Annotated[
+    Path | None, typer.Option("--tls-key", help="Key of that certificate, PEM.", metavar="FILE")
+]
 InsecureOption = Annotated[
-    bool, typer.Option("--insecure", help="Let other machines in without key and TLS.")
+    bool, typer.Option("--insecure", help="Let other machines in without key and TLS; warns at each start.")
 ]
 
 
@@ -60,6 +74,12 @@ def edge(
     bits: BitsOption = None,
     cloud: CloudOption = None,
     api_key_file: KeyFileOption = None,
+    tls_ca: TlsCaOption = None,
+    tls_client_cert: TlsClientCertOption = None,
+    tls_client_key: TlsClientKeyOption = None,
+    fallback: FallbackOption = None,
+    reconnect_s: ReconnectOption = None,
+    history_mb: HistoryOption = None,
     route: RouteOption = None,
     split: SplitOption = None,
     shape: ShapeOption = None,
@@ -75,6 +95,14 @@ def edge(
     queue: Annotated[
         int | None, typer.Option("--queue", help="Requests that may wait.", min=0, metavar="N")
     ] = None,
+    serve_key_file: Annotated[
+        str | None,
+        typer.Option(
+            "--serve-key-file", help="Who may use the API: `label:key`, one a line.", metavar="FILE"
+        ),
+    ] = None,
+    tls_cert: TlsCertOption = None,
+    tls_key: TlsKeyOption = None,
     insecure: InsecureOption = False,
     host: HostOption = "127.0.0.1",
     port: PortOption = 8077,
@@ -84,17 +112,20 @@ def edge(
     from isthmus.edge.agent import Agent
     from isthmus.edge.api import ServedModel
     from isthmus.edge.chat import ChatTemplate
-    from isthmus.edge.guard import check_bind
-    from isthmus.edge.server import serve_edge
+    from isthmus.edge.server import check_edge, serve_edge
 
     settings = Settings(
         {
             "model": model, "bits": bits, "cloud": cloud, "api_key_file": api_key_file, "route": route,
             "split": split, "shape": shape, "codec": codec, "provider": provider, "threads": threads,
-            "memory_mb": memory_mb, "parallel": parallel, "queue": queue,
+            "memory_mb": memory_mb, "parallel": parallel, "queue": queue, "serve_key_file": serve_key_file,
+            "tls_ca": tls_ca, "tls_client_cert": tls_client_cert, "tls_client_key": tls_client_key,
+            "fallback": fallback, "reconnect_s": reconnect_s, "history_mb": history_mb,
         }
     )  # fmt: skip
-    check_bind(host, insecure=insecure)
+    keys = settings.text("serve_key_file")
+    key_file = None if keys is None else Path(keys)
+    check_edge(host, key_file=key_file, tls_cert=tls_cert, tls_key=tls_key, insecure=insecure)
     pack = provide_pack(settings)
     served = ServedModel(
         name=served_name(settings.text("model") or ""),
@@ -103,8 +134,17 @@ def edge(
         defaults=pack.generation(),
         ask=asked_way(settings),
     )
-    ready = announce("edge", as_json=json)
-    if not asyncio.run(serve_edge(served, host=host, port=port, insecure=insecure, ready=ready)):
+    serving = serve_edge(
+        served,
+        host=host,
+        port=port,
+        key_file=key_file,
+        tls_cert=tls_cert,
+        tls_key=tls_key,
+        insecure=insecure,
+        ready=announce("edge", as_json=json),
+    )
+    if not asyncio.run(serving):
         raise typer.Exit(130)
 
 
@@ -135,11 +175,44 @@ def cloud(
     api_key_file: Annotated[
         str | None, typer.Option("--api-key-file", help="`label:key`, one a line.", metavar="FILE")
     ] = None,
-    tls_cert: Annotated[
-        str | None, typer.Option("--tls-cert", help="Certificate chain, PEM.", metavar="FILE")
+    tls_cert: TlsCertOption = None,
+    tls_key: TlsKeyOption = None,
+    tls_client_ca: Annotated[
+        Path | None,
+        typer.Option(
+            "--tls-client-ca", help="Edges must show a certificate of this CA, PEM.", metavar="FILE"
+        ),
     ] = None,
-    tls_key: Annotated[
-        str | None, typer.Option("--tls-key", help="Private key, PEM.", metavar="FILE")
+    alternative: Annotated[
+        str | None, typer.Option("--alternative", help="Where edges go when this drains.", metavar="URL")
+    ] = None,
+    preemption_notice: Annotated[
+        str | None,
+        typer.Option(
+            "--preemption-notice", help="File or URL that tells of the machine's end.", metavar="SOURCE"
+        ),
+    ] = None,
+    detached_s: Annotated[
+        float | None,
+        typer.Option("--detached-s", help="How long a lost edge's session is kept.", min=0, metavar="S"),
+    ] = None,
+    tenant_sessions: Annotated[
+        int | None, typer.Option("--tenant-sessions", help="Most sessions of a key.", min=1, metavar="N")
+    ] = None,
+    tenant_kv_mb: Annotated[
+        int | None, typer.Option("--tenant-kv-mb", help="Most KV memory of a key.", min=1, metavar="MB")
+    ] = None,
+    tenant_tokens_per_s: Annotated[
+        float | None,
+        typer.Option(
+            "--tenant-tokens-per-s", help="Most tokens a second of a key; 0: any.", min=0, metavar="N"
+        ),
+    ] = None,
+    tenant_resumes_per_min: Annotated[
+        int | None,
+        typer.Option(
+            "--tenant-resumes-per-min", help="Most resumes a minute of a key; 0: any.", min=0, metavar="N"
+        ),
     ] = None,
     insecure: InsecureOption = False,
     host: HostOption = "127.0.0.1",
@@ -158,6 +231,13 @@ def cloud(
             "kv_mb": kv_mb,
             "threads": threads,
             "api_key_file": api_key_file,
+            "alternative": alternative,
+            "preemption_notice": preemption_notice,
+            "detached_s": detached_s,
+            "tenant_sessions": tenant_sessions,
+            "tenant_kv_mb": tenant_kv_mb,
+            "tenant_tokens_per_s": tenant_tokens_per_s,
+            "tenant_resumes_per_min": tenant_resumes_per_min,
         }
     )
     try:
@@ -170,6 +250,10 @@ def cloud(
             code="no_torch",
             hint="pip install 'isthmus[cloud]'",
         ) from error
+    # Before gigabytes are fetched; run_cloud asks again, and says what it has to.
+    check_bind(
+        host, keys=settings.text("api_key_file") is not None, tls=tls_cert is not None, insecure=insecure
+    )
     with progress_bar() as progress:
         pull(settings.text("model") or "", progress=progress)
     run_cloud(
@@ -184,7 +268,15 @@ def cloud(
         api_key_file=settings.text("api_key_file"),
         tls_cert=tls_cert,
         tls_key=tls_key,
+        tls_client_ca=tls_client_ca,
         insecure=insecure,
+        alternative=settings.text("alternative") or "",
+        preemption_notice=settings.text("preemption_notice"),
+        detached_s=settings.real("detached_s"),
+        tenant_sessions=settings.number("tenant_sessions"),
+        tenant_kv_mb=settings.number("tenant_kv_mb"),
+        tenant_tokens_per_s=settings.real("tenant_tokens_per_s"),
+        tenant_resumes_per_min=settings.number("tenant_resumes_per_min"),
         ready=announce("cloud", as_json=json),
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -44,6 +45,11 @@ def provide_pack(settings: Settings) -> Pack:
 
 def agent_options(settings: Settings) -> dict[str, Any]:
     """Constructor arguments of `Agent`, from settings."""
+    from isthmus.edge.recovery import RecoveryConfig
+
+    budget_s, history_mb = settings.real("reconnect_s"), settings.number("history_mb")
+    assert budget_s is not None  # both have defaults
+    assert history_mb is not None
     return {
         "cloud_urls": tuple(settings.texts("cloud")),
         "api_key": read_api_key(settings),
@@ -53,7 +59,18 @@ def agent_options(settings: Settings) -> dict[str, Any]:
         "threads": settings.number("threads"),
         "memory_mb": settings.number("memory_mb"),
         "min_depth": settings.number("min_depth"),
+        "history_mb": history_mb,
+        "recovery": RecoveryConfig(budget_s=budget_s),
+        "ssl_context": _tls_context(settings),
     }
+
+
+def _tls_context(settings: Settings) -> ssl.SSLContext | None:
+    """How clouds are to be trusted; None where nothing was said: the system's certificates, no own one."""
+    from isthmus.edge.tls import client_context
+
+    files = [settings.text(name) for name in ("tls_ca", "tls_client_cert", "tls_client_key")]
+    return client_context(*files) if any(files) else None
 
 
 @asynccontextmanager
