@@ -5,11 +5,18 @@ BIN := $(VENV)/bin
 CONSTRAINTS := .ci/constraints.txt
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help install demo test lint format clean
+MINUTES ?= 30
+COVERAGE_TESTS := tests/protocol tests/cloud/test_cloud_kv.py $(wildcard tests/cloud/test_cloud_scheduler*.py)
+
+.PHONY: help install demo test coverage fuzz chaos soak lint format clean
 
 help:
-	@echo "make demo     install, pull and build the model, start edge and cloud, ask by all three routes, then chat"
+	@echo "make demo     install, pull and build the model, start edge and cloud, ask by all three routes, kill the cloud in mid-answer, then chat"
 	@echo "make test     install and run every test"
+	@echo "make coverage branch coverage of the protocol and of the cloud's page and scheduling rules"
+	@echo "make fuzz     10^6 mutated inputs to every decoder; make test runs a quarter of that"
+	@echo "make chaos    kill clouds and break links everywhere; make test runs a sample of it"
+	@echo "make soak     requests under faults for MINUTES=30, then a report; more with SOAK_ARGS='--seed 1 --model smollm2-135m'"
 	@echo "make lint     mypy --strict and ruff"
 	@echo "make install  create .venv with the edge, the cloud and the development tools"
 
@@ -34,6 +41,23 @@ demo: $(VENV)/.cloud
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# Rules are tested alone, so their own tests are what must cover them, not the rest that passes by.
+coverage: $(VENV)/.dev
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest -q $(COVERAGE_TESTS) $(PYTEST_ARGS)
+	@status=0; for wanted in '*/protocol/*=100' '*/cloud/kv.py=95' '*/cloud/scheduler.py=95'; do \
+	  $(BIN)/coverage report --skip-covered --include="$${wanted%=*}" --fail-under="$${wanted##*=}" || status=1; \
+	done; exit $$status
+
+fuzz: $(VENV)/.dev
+	FUZZ_CASES=1000000 $(BIN)/python -m pytest tests/attacks/test_attacks_fuzz.py $(PYTEST_ARGS)
+
+chaos: $(VENV)/.dev
+	CHAOS=full $(BIN)/python -m pytest -m chaos tests/chaos $(PYTEST_ARGS)
+
+soak: $(VENV)/.dev
+	$(BIN)/python -m tests.chaos.soak --minutes $(MINUTES) $(SOAK_ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

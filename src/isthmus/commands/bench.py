@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from isthmus.bench.report import Report
-from isthmus.commands.generate import BitsOption
+from isthmus.commands.options import BitsOption
 from isthmus.commands.output import JsonFlag, ModelOption, out, print_json, progress_bar
 from isthmus.commands.setup import provide_pack
 from isthmus.config import Settings
@@ -101,13 +101,10 @@ def split(
         return
     from isthmus.bench.split import SplitBench, bench_split
 
-    chosen = settings.number("split") or num_layers // 2
-    if not 0 < chosen < num_layers:
-        raise ConfigError(f"--split {chosen} is not between 1 and {num_layers - 1}", hint="that is no split")
     what = SplitBench(
         model=settings.text("model") or "",
         rtts_ms=rtts_ms,
-        split=chosen,
+        split=_inner_split(settings.number("split"), num_layers),
         shape="u" if settings.text("shape") == "u" else "prefix",
         precision=settings.text("precision") or "auto",
         prompt_tokens=prompt_tokens,
@@ -197,6 +194,47 @@ def cloud(
     with progress_bar() as progress:
         report = bench_cloud(what, progress)
     _print(report, as_json=json)
+
+
+@app.command()
+def recovery(
+    model: ModelOption = None,
+    rtt_ms: Annotated[str, typer.Option("--rtt-ms", help="Round-trip times to emulate, by commas.")] = "0,50",
+    split: Annotated[
+        int | None, typer.Option("--split", help="Layers on the edge; default: half of them.")
+    ] = None,
+    prompt_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    output_tokens: Annotated[int, typer.Option(min=8)] = 48,
+    rounds: RoundsOption = 3,
+    threads: ThreadsOption = None,
+    json: JsonFlag = False,
+) -> None:
+    """From the death of a cloud, or of the link, to the next token, beside what bounds it."""
+    from isthmus.bench.recovery import RecoveryBench, bench_recovery
+
+    # fp32 on both sides: only then may every token be held against the unbroken run's.
+    settings = Settings({"model": model, "bits": "32"})
+    pack = provide_pack(settings)
+    what = RecoveryBench(
+        model=settings.text("model") or "",
+        rtts_ms=_numbers("--rtt-ms", rtt_ms, "milliseconds by commas, for example 0,50"),
+        rounds=rounds,
+        split=_inner_split(split, pack.spec.num_layers),
+        prompt_tokens=prompt_tokens,
+        output_tokens=output_tokens,
+        threads=threads,
+    )
+    with progress_bar() as progress:
+        report = bench_recovery(pack, what, progress)
+    _print(report, as_json=json)
+
+
+def _inner_split(split: int | None, num_layers: int) -> int:
+    """The K to measure: the one given, or the middle one."""
+    chosen = num_layers // 2 if split is None else split
+    if not 0 < chosen < num_layers:
+        raise ConfigError(f"--split {chosen} is not between 1 and {num_layers - 1}", hint="that is no split")
+    return chosen
 
 
 _MEASURED_ONLY = {
