@@ -1,8 +1,8 @@
 """`make demo`: one question, three routes, two processes, through the public command line and HTTP API.
 
 Pulls and builds the default model (once), starts the cloud service and the edge agent as two processes on
-this machine, asks the same question by each route, prints what happened, and on a terminal goes on into
-the chat. Without a terminal it stops everything and exits 0.
+this machine, asks the same question by each route, prints what happened, kills the cloud in the middle of an
+answer, and on a terminal goes on into the chat. Without a terminal it stops everything and exits 0.
 """
 
 from __future__ import annotations
@@ -17,13 +17,16 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from http.client import HTTPResponse
 from typing import Any
 
 from rich.console import Console
 from rich.table import Column, Table
 
 QUESTION = "What is the capital of France?"
+LONG_QUESTION = "Tell me about the city of Paris."
 MAX_TOKENS = 48
+KILLED_AFTER = 8  # tokens
 ISTHMUS = [sys.executable, "-m", "isthmus"]
 console = Console(highlight=False, soft_wrap=True)
 
@@ -45,7 +48,7 @@ def command(*arguments: str) -> dict[str, Any]:
 
 
 @contextmanager
-def service(*arguments: str) -> Iterator[str]:
+def service(*arguments: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """`isthmus serve …` as its own process; yields its URL once it is ready, stops it at the end.
 
     Its log is kept apart, and shown only if it does not start.
@@ -64,29 +67,63 @@ def service(*arguments: str) -> Iterator[str]:
                 log.seek(0)
                 error = answer.get("error", {"message": "it ended without a word"})
                 sys.exit(f"{log.read()}isthmus serve {arguments[0]} did not start: {error['message']}")
-            yield answer["url"]
+            yield answer["url"], child
         finally:
             child.terminate()
             child.wait()
 
 
-def ask(edge: str, route: str, split: int | None) -> dict[str, Any]:
-    """The question over the edge's OpenAI API, by one route, greedy."""
+@contextmanager
+def asked(edge: str, question: str, route: str, split: int | None, **more: Any) -> Iterator[HTTPResponse]:
+    """The reply of the edge's OpenAI API to a question by one route, greedy."""
     body = {
-        "messages": [{"role": "user", "content": QUESTION}],
+        "messages": [{"role": "user", "content": question}],
         "temperature": 0,
         "max_tokens": MAX_TOKENS,
         "isthmus": {"route": route, **({"split": split} if split else {})},
+        **more,
     }
     request = urllib.request.Request(
         f"{edge}/v1/chat/completions", json.dumps(body).encode(), {"content-type": "application/json"}
     )
     try:
         with urllib.request.urlopen(request, timeout=120) as response:
-            reply: dict[str, Any] = json.load(response)
+            yield response
     except urllib.error.HTTPError as error:
         sys.exit(f"the edge answered {error.code}: {error.read().decode(errors='replace')}")
+
+
+def ask(edge: str, route: str, split: int | None) -> dict[str, Any]:
+    """The whole reply to the question."""
+    with asked(edge, QUESTION, route, split) as response:
+        reply: dict[str, Any] = json.load(response)
     return reply
+
+
+def lose_the_cloud(edge: str, split: int, cloud: subprocess.Popen[str]) -> None:
+    """Ask by a split, kill the cloud's process in mid-answer, and show how the answer goes on."""
+    text, count = "", 0
+    how: dict[str, Any] = {}
+    with asked(edge, LONG_QUESTION, "split", split, stream=True) as response:
+        for line in response:
+            if not line.startswith(b"data: {"):
+                continue
+            chunk = json.loads(line[6:])
+            if "error" in chunk:
+                sys.exit(f"the answer broke off: {chunk['error']['message']}")
+            how = chunk.get("isthmus", how)
+            for choice in chunk["choices"]:
+                text += choice["delta"].get("content") or ""
+                count += 1
+            if count == KILLED_AFTER:
+                cloud.kill()
+                text += " [red]✂[/] "
+    console.print("  " + " ".join(text.split()))
+    lost, *_, last = how["events"]
+    console.print(
+        f"  ✂ SIGKILL; token {lost['at_index']} was due next. It came {last['after_s']:.1f} s later: "
+        f"{last['event']} to route {how['route']}, no token lost"
+    )
 
 
 def row(reply: dict[str, Any], layers: int) -> list[str]:
@@ -126,8 +163,8 @@ def main() -> None:
     with ExitStack() as running:
         tell("starting the cloud service (PyTorch) and the edge agent (ONNX Runtime): two processes")
         console.print("  (the cloud's first start finds out which precision is fastest here)")
-        cloud = running.enter_context(service("cloud", "--port", "0"))
-        with service("edge", "--port", "0", "--cloud", cloud) as edge:
+        cloud, process = running.enter_context(service("cloud", "--port", "0"))
+        with service("edge", "--port", "0", "--cloud", cloud) as (edge, _):
             console.print(f"  cloud {cloud}   edge {edge}")
             tell(f"asking by each route: {QUESTION}")
             table = empty_table()
@@ -140,8 +177,12 @@ def main() -> None:
             console.print("  K: layers on the edge + layers in the cloud; first: time to the first token")
             if not all("Paris" in answer for answer in answers):
                 sys.exit("an answer does not name Paris")
+            tell(f"killing the cloud in the middle of an answer: {LONG_QUESTION}")
+            lose_the_cloud(edge, layers // 2, process)
             if not (sys.stdin.isatty() and sys.stdout.isatty()):
                 return
+        tell("the cloud again, for you")
+        running.enter_context(service("cloud", "--port", cloud.rpartition(":")[2]))
         tell("now you: /route local, /route split, /route offload switch; Ctrl-D leaves")
         sys.stdout.flush()
         chat = subprocess.Popen([*ISTHMUS, "chat", "--cloud", cloud], env=os.environ)

@@ -1,4 +1,5 @@
-"""`make demo` as a newcomer without a terminal has it: three routes, three times Paris, exit code 0."""
+"""`make demo` as a newcomer without a terminal has it: three routes, three times Paris, an answer that
+outlives its cloud, exit code 0."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ DEMO = Path(__file__).resolve().parents[2] / "demos" / "demo.py"
 
 @pytest.mark.model
 @pytest.mark.processes
-def test_the_demo_answers_by_every_route(smollm_dir: Path) -> None:
+def test_the_demo_answers_by_every_route_and_outlives_its_cloud(smollm_dir: Path) -> None:
     done = subprocess.run(
         [sys.executable, str(DEMO)],
         stdin=subprocess.DEVNULL,
@@ -30,3 +31,5 @@ def test_the_demo_answers_by_every_route(smollm_dir: Path) -> None:
         "offload",
     ]
     assert " ".join(row.split("│")[3].strip() for row in rows).count("Paris") == 3
+    assert "✂ SIGKILL" in done.stdout
+    assert "to route local, no token lost" in done.stdout
