@@ -76,8 +76,9 @@ async def test_killed_before_an_output_position(world: World, way: str, then: st
     async with agent_at(world.pack, *urls(world, then)) as agent:
         request = ask(reference, WAYS[way], fallback=fallback(then))
         done = await run(agent, request, reference, {at: killing(world.one, then)})
-    if way == "offload" and at > TOKENS / 2 and not done.events:
-        return  # the stream was faster: every token was here
+    streamed = way == "offload" and at > TOKENS / 2
+    if not done.events and (streamed or at == TOKENS - 1):
+        return  # every token was here: the stream, or the last result, was faster than the kill
     check_end(world, done, then, way)
     assert done.only("link_lost")["at_index"] >= at
 
@@ -165,7 +166,7 @@ async def test_killed_twice_running(world: World, way: str, then: str, at: tuple
         done = await run(agent, request, reference, strikes)
     assert done.finished.route == ("local" if then == "alone" else WAYS[way]["route"])
     assert "link_lost" in done.events
-    if first != second and then != "alone":
+    if first != second and then != "alone" and way != "offload":  # a stream may be over before the second
         assert done.events.count("link_lost") == 2, done.finished.events
 
 
