@@ -74,22 +74,22 @@ class Clouds:
             return None
         return next((link.failure for link in self.links if link.failure is not None), None)
 
-    async def reach(self, avoid: Sequence[CloudLink] = ()) -> CloudLink:
+    async def reach(self) -> CloudLink:
         """The first cloud that stands or can be connected to. Clouds whose circuit is open are tried last."""
-        links = [link for link in self.links if link not in avoid]
-        for link in links:
+        for link in self.links:
             if link.state == "up":
                 return link
         now = monotonic()
         failure: IsthmusError | None = None
-        for link in sorted(links, key=lambda link: not link.breaker.may_try(now)):
+        for link in sorted(self.links, key=lambda link: not link.breaker.may_try(now)):
             try:
                 await link.connect()
             except (CloudUnreachableError, RejectedError) as error:
                 failure = failure or error
             else:
                 return link
-        raise failure or CloudUnreachableError("no cloud is left to try", hint="name another with --cloud")
+        assert failure is not None, "the router allows a cloud only where one is configured"
+        raise failure
 
     def in_order(self, first: CloudLink, alternative: str = "") -> list[CloudLink]:
         """All clouds to go on with after trouble at `first`: the one it named itself (only if it is among

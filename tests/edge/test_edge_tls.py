@@ -14,28 +14,12 @@ from websockets.asyncio.server import serve
 
 from isthmus.edge.link import SUBPROTOCOL, CloudLink
 from isthmus.edge.tls import check_server_files, client_context
-from isthmus.protocol.cloud_connection import ServerInfo
 from isthmus.protocol.errors import CloudUnreachableError, ConfigError
-from isthmus.protocol.frames import VERSION
-from isthmus.protocol.identity import ModelIdentity
-from isthmus.protocol.messages import Hello
 from tests.certificates import Authority, Issued, make_authority
+from tests.edge.test_edge_link import INFO, hello
 from tests.edge.toy_cloud import KEY, ToyCloud
 
-IDENTITY = ModelIdentity(
-    architecture={"num_layers": 4}, tokenizer_hash="t", base_name="toy", weights_hash="w"
-)
-INFO = ServerInfo(
-    identity=IDENTITY,
-    cloud_precision="fp32",
-    num_layers=4,
-    hidden=8,
-    vocab_size=100,
-    context_length=512,
-    row_formats=("f32",),
-    kv_bytes_per_token_layer=64,
-)
-HELLO = Hello(versions=(VERSION,), identity=IDENTITY, edge_precision="f32", row_formats=("f32",))
+HELLO = hello()
 
 
 @pytest.fixture(scope="module")
