@@ -31,6 +31,7 @@ from isthmus.cloud.engine_session import (
 )
 from isthmus.cloud.forward import MixedForward
 from isthmus.cloud.kv import PagePool
+from isthmus.cloud.load_meter import LoadMeter
 from isthmus.cloud.model import CloudModel
 from isthmus.cloud.prefix_cache import PrefixCache
 from isthmus.cloud.scheduler import Scheduler, SchedulerConfig
@@ -41,7 +42,7 @@ Sink = Callable[[list[EngineOutput]], None]
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """A snapshot of counts; totals count from the start."""
+    """A snapshot of counts; totals count from the start. `step_s`, `queue_s`: see LoadMeter."""
 
     sessions: int
     running: int
@@ -59,6 +60,8 @@ class EngineStats:
     prefix_hit_rows_total: int
     prefix_evictions_total: int
     batch_wait_seconds_total: float
+    step_s: float
+    queue_s: float
 
 
 class Engine:
@@ -78,7 +81,14 @@ class Engine:
         `window` says how long the thread holds a step back for further edges' rows (`step` never does)."""
         self.window = window or BatchWindow()
         self.batch_wait_s = 0.0
-        self.core = EngineCore(forward, scheduler, clock=clock, on_step=on_step, on_bug=on_bug)
+        self.meter = meter = LoadMeter()
+
+        def note_step(record: StepRecord) -> None:
+            meter.note_step(record)
+            if on_step is not None:
+                on_step(record)
+
+        self.core = EngineCore(forward, scheduler, clock=clock, on_step=note_step, on_bug=on_bug)
         self._clock = clock
         self._sinks: dict[int, Sink] = {}
         self._numbers = itertools.count(1)
@@ -191,6 +201,8 @@ class Engine:
             prefix_hit_rows_total=cache.num_hit_tokens,
             prefix_evictions_total=cache.num_evictions,
             batch_wait_seconds_total=self.batch_wait_s,
+            step_s=self.meter.step_s(self._clock()),
+            queue_s=self.meter.queue_s(scheduler.num_rows_ahead),
         )
 
     def _submit(

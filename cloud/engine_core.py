@@ -44,12 +44,14 @@ _STALLED_RETRY_S: Final = 0.05
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:
-    """What one step did: `row_layers` counts rows times layers run, `seconds` its duration."""
+    """What one step did: `row_layers` counts rows times layers run, `seconds` its duration until `ended_s`,
+    on the engine's clock."""
 
     num_rows: int
     num_sessions: int
     row_layers: int
     seconds: float
+    ended_s: float
 
 
 class EngineCore:
@@ -126,7 +128,8 @@ class EngineCore:
         self.row_layers_total += row_layers
         self._settle(ordered, hidden)
         if self._on_step is not None:
-            self._on_step(StepRecord(num_rows, len(ordered), row_layers, self._clock() - begun))
+            ended = self._clock()
+            self._on_step(StepRecord(num_rows, len(ordered), row_layers, ended - begun, ended))
 
     def _span(self, pick: Pick) -> Span:
         session = self.sessions[pick.session_id]

@@ -51,6 +51,9 @@ class Feed:
         on_error: Callable[[IsthmusError], None],
     ) -> None:
         """`codec` None: the rows are token ids. `on_error` ends the session, whose body did not decode."""
+        self.asked_s: float | None = None
+        """When the step came whose output is due or was given last, on the monotonic clock; None: none came,
+        or the session has changed its connection since."""
         self._number = number
         self._core = core
         self._codec = codec
@@ -64,7 +67,9 @@ class Feed:
         self._timer: asyncio.TimerHandle | None = None
 
     def step(self, step: StepReceived) -> None:
-        """Takes a step that the protocol has accepted."""
+        """Takes a step that the protocol has accepted, at the moment when it arrives."""
+        if step.final or step.all_rows:
+            self.asked_s = monotonic()
         if self._decoder is None and step.frame.raw_len <= INLINE_BYTES:
             try:
                 self._hand_on(step, self._decode(step))

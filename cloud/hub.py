@@ -72,6 +72,8 @@ class Hub:
             kv_free_pages=stats.pages_free,
             kv_cached_pages=stats.pages_cached,
             rows_computed=stats.rows_computed_total,
+            step_s=stats.step_s,
+            queue_s=stats.queue_s,
         )
 
     # ---- health

@@ -82,12 +82,14 @@ class CloudModel:
         self._norm_floor = torch.tensor(spec.hidden * spec.norm_eps, device=device)
         self._rope = _RopeCache(spec, device, precision.compute_dtype)
         shared = isinstance(lm_head, DenseLinear) and lm_head.weight is embedding
-        self.weight_bytes = (
-            (0 if shared else embedding.nbytes)
-            + sum(layer.nbytes for layer in layers)
-            + final_norm.nbytes
-            + lm_head.nbytes
-        )
+        self.embed_bytes = embedding.nbytes
+        self.layers_bytes = sum(layer.nbytes for layer in layers)
+        self.head_bytes = final_norm.nbytes + (0 if shared else lm_head.nbytes)
+        """Of the final norm and of the output matrix, where that is not the embedding."""
+
+    @property
+    def weight_bytes(self) -> int:
+        return self.embed_bytes + self.layers_bytes + self.head_bytes
 
     @classmethod
     def load(cls, checkpoint: Checkpoint, *, device: str = "cpu", precision: str = "fp32") -> CloudModel:

@@ -6,7 +6,7 @@ import asyncio
 import secrets
 from contextlib import suppress
 from time import monotonic
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from isthmus.cloud import engine_session as out
 from isthmus.protocol.activations import Encoded
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from isthmus.cloud.connection import Peer
     from isthmus.cloud.hub import Hub
     from isthmus.cloud.sessions import LiveSession, Sessions
+
+_MOST_US: Final = 2**32 - 1  # as messages.U32
 
 _Item = tuple[out.EngineOutput, Encoded | IsthmusError | None]
 
@@ -66,7 +68,7 @@ class Outputs:
     ) -> None:
         match output:
             case out.Tokens():
-                self._give_tokens(live, output)
+                self._give_tokens(live, output, now)
                 self._observe(live, now, len(output.sampled))
             case out.Hidden(kv_len=kv_len, rows=rows):
                 if isinstance(encoded, IsthmusError):
@@ -102,7 +104,7 @@ class Outputs:
             resume_token=self._hub.resumes.token(live),
         )
 
-    def _give_tokens(self, live: LiveSession, output: out.Tokens) -> None:
+    def _give_tokens(self, live: LiveSession, output: out.Tokens, now: float) -> None:
         sampled = output.sampled
         with_logprobs = live.core.open.sampling.logprobs >= 0
         tokens = [one.token for one in sampled]
@@ -110,9 +112,10 @@ class Outputs:
         top = [one.top for one in sampled] if with_logprobs else None
         if output.stream:
             live.meter.count(len(tokens))
-            live.core.stream_tokens(tokens, logprobs, top, output.finish)
+            live.core.stream_tokens(tokens, logprobs, top, output.finish, _cloud_us(live, now))
+            live.feed.asked_s = None  # of a stream only the first run of tokens is timed
         else:
-            live.core.result_tokens(tokens, output.kv_len, logprobs, top, output.finish)
+            live.core.result_tokens(tokens, output.kv_len, logprobs, top, output.finish, _cloud_us(live, now))
 
     def _observe(self, live: LiveSession, now: float, num_tokens: int = 1) -> None:
         """`num_tokens` came at once: each took its share of the time."""
@@ -122,3 +125,9 @@ class Outputs:
             for _ in range(num_tokens):
                 self._hub.telemetry.inter_token_s.observe((now - live.last_output_s) / num_tokens)
         live.last_output_s = now
+
+
+def _cloud_us(live: LiveSession, now: float) -> int:
+    """Microseconds since the step came that asked for what is given out at `now`; 0: not known."""
+    asked_s = live.feed.asked_s
+    return 0 if asked_s is None else min(_MOST_US, max(1, round((now - asked_s) * 1e6)))

@@ -79,6 +79,12 @@ class Fcfs:
         return sorted(ready, key=_turn)
 
 
+def before_newcomer(entry: Entry) -> bool:
+    """Whether the turn of `entry` comes before that of a session of priority 0 that would join now, with a
+    prompt short enough for the first level."""
+    return _turn(entry) < (1, 0, 0, 0, entry.arrival + 1)
+
+
 def _turn(entry: Entry) -> tuple[int, int, int, int, int]:
     last_turn = entry.last_turn if entry.num_pending == 1 else 0
     if entry.aged:

@@ -14,8 +14,8 @@ from typing import Literal, NamedTuple, TypeAlias
 import numpy as np
 
 from isthmus.cloud.kv import PagePool
-from isthmus.cloud.length_predictor import OutputLengths
 from isthmus.cloud.queueing import Entry
+from isthmus.splitter.output_lengths import OutputLengths
 
 Reservation: TypeAlias = Literal["predicted", "worst-case", "none"]
 

@@ -15,12 +15,12 @@ from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias, get_args
 
-from isthmus.cloud.budget import share_budget
+from isthmus.cloud.budget import rows_before, share_budget
 from isthmus.cloud.kv import BlockTable, PageCopies, PagePool
-from isthmus.cloud.length_predictor import OutputLengths
 from isthmus.cloud.paging import Pager
-from isthmus.cloud.queueing import Entry, Fcfs, Mlfq
+from isthmus.cloud.queueing import Entry, Fcfs, Mlfq, before_newcomer
 from isthmus.cloud.reservation import Admission, Forecaster, Reservation
+from isthmus.splitter.output_lengths import OutputLengths
 
 Policy: TypeAlias = Literal["fcfs", "mlfq"]
 
@@ -222,6 +222,20 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         return any(entry.num_pending for entry in self._entries.values())
+
+    @property
+    def num_rows_ahead(self) -> int:
+        """Rows of others that would be computed before, or in one step with, the first row of a session that
+        came now with a short prompt and no priority; 0 if nothing is to be computed. From any thread."""
+        ready = [(entry, rows) for entry in tuple(self._entries.values()) if (rows := entry.num_pending) > 0]
+        if not ready:
+            return 0
+        return rows_before(
+            [rows for entry, rows in ready if rows > 1 and before_newcomer(entry)],
+            sum(rows == 1 for _, rows in ready),
+            max_rows=self.config.max_rows,
+            max_chunk_rows=self.config.max_chunk_rows if self.config.chunked else None,
+        )
 
     # ---- one step ------------------------------------------------------------------------------------
 

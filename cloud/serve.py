@@ -7,6 +7,7 @@ import gc
 import os
 import ssl
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,6 +27,7 @@ from isthmus.cloud.kv import columns_for
 from isthmus.cloud.model import CloudModel, parse_device
 from isthmus.cloud.notice import parse_notice
 from isthmus.cloud.precision import Choice, choose, decode_seconds, measured_or_known
+from isthmus.cloud.profile import kept_or_measured
 from isthmus.cloud.scheduler import Policy, SchedulerConfig
 from isthmus.cloud.server import CloudServer, bind
 from isthmus.cloud.telemetry import Telemetry, configure_log, get_log
@@ -37,6 +39,7 @@ from isthmus.protocol.cloud_connection import ServerInfo
 from isthmus.protocol.errors import ConfigError
 from isthmus.protocol.keys import KeyFile
 from isthmus.protocol.limits import Limits
+from isthmus.protocol.profiles import Prices
 from isthmus.splitter.checkpoint import Checkpoint, open_checkpoint
 from isthmus.splitter.manifest import make_identity
 from isthmus.splitter.sources import pull
@@ -63,6 +66,7 @@ class CloudOptions:
     scheduler: SchedulerConfig = SchedulerConfig()  # noqa: RUF009 - frozen, safe to share
     limits: Limits = Limits()  # noqa: RUF009 - frozen, safe to share
     keys: KeyFile | None = None
+    prices: Prices | None = None
 
 
 def run_cloud(
@@ -89,13 +93,14 @@ def run_cloud(
     tenant_kv_mb: int | None = None,
     tenant_tokens_per_s: float | None = None,
     tenant_resumes_per_min: int | None = None,
+    prices: Prices | None = None,
     ready: Callable[[str], None] | None = None,
 ) -> None:
     """Serves until SIGTERM (drains, returns) or a second SIGINT (the process ends with 130).
 
     `alternative`: the URL that draining edges are shown. `preemption_notice`: a file or URL that announces
     the machine's end and leaves `notice_deadline_s`. `detached_s`: how long a session outlives its
-    connection. The quotas are per tenant, None = the default of Limits.
+    connection. The quotas are per tenant, None = the default of Limits. `prices` are told to edges.
 
     `ready` is called once with the URL; by default the ready line of CONTRACT.md is printed. Raises
     ConfigError for what can't be bound or read, and whatever pulling and loading the model raises.
@@ -132,6 +137,7 @@ def run_cloud(
             scheduler=SchedulerConfig(policy=policy),
             limits=limits,
             keys=keys,
+            prices=prices,
         )
         pulled = pull(model)
         with open_checkpoint(pulled.path) as checkpoint:
@@ -217,7 +223,9 @@ def prepare(checkpoint: Checkpoint, tokenizer: Tokenizer, options: CloudOptions)
     choice = choose(
         asked, measured_or_known(checkpoint, tokenizer, asked, device=device), device=device
     )  # fmt: skip
+    begun = time.perf_counter()
     model = CloudModel.load(checkpoint, device=device, precision=choice.precision.value)
+    load_s = time.perf_counter() - begun
     wide_rows = tune_widening(model.linears, model.device)
     on_cuda = model.device.type == "cuda"
     graphs = tune_graphs(model, partial(decode_seconds, model, [0] * _GRAPH_TOKENS)) if on_cuda else None
@@ -239,18 +247,33 @@ def prepare(checkpoint: Checkpoint, tokenizer: Tokenizer, options: CloudOptions)
         kv_mb=num_pages * model.page_bytes // MIB,
         threads=torch.get_num_threads(),
     )
+    context_length = min(spec.context_length, _MAX_CONTEXT)
+    try:
+        profile = kept_or_measured(
+            model,
+            source_hash=checkpoint.source_hash,
+            num_pages=num_pages,
+            context_length=context_length,
+            load_s=load_s,
+            kl=choice.kl.get(choice.precision.value),
+        )
+    except Exception as error:
+        # Edges can do without, and learn from what they see.
+        log.warning("not_profiled", exc_info=error)
+        profile = None
     info = ServerInfo(
         identity=make_identity(spec, tokenizer.canonical_hash, checkpoint.source_hash),
         cloud_precision=choice.precision.value,
         num_layers=spec.num_layers,
         hidden=spec.hidden,
         vocab_size=spec.vocab_size,
-        context_length=min(spec.context_length, _MAX_CONTEXT),
+        context_length=context_length,
         row_formats=tuple(format_.value for format_ in RowFormat),
         kv_bytes_per_token_layer=model.page_bytes // 16,
         server="isthmus",
         kl=choice.kl,
-        profile={"device": device, "threads": torch.get_num_threads()},
+        profile=profile,
+        prices=options.prices,
     )
     return Prepared(model, choice, info, options, num_pages)
 

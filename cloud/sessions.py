@@ -154,6 +154,7 @@ class Sessions:
             live.peer.let_go(live)
         live.peer = None
         live.detached_s = monotonic()
+        live.feed.asked_s = None  # what a resumed session gives out next has waited for its edge
 
     def adopt(self, live: LiveSession, peer: Peer) -> None:
         """`peer` holds the session from now on."""

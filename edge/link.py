@@ -22,6 +22,8 @@ from websockets.typing import Subprotocol
 
 from isthmus.edge.breaker import CircuitBreaker
 from isthmus.edge.deadline import StepDeadline
+from isthmus.edge.link_estimate import LinkEstimator
+from isthmus.edge.link_probe import probe_link
 from isthmus.edge.link_session import LinkSession
 from isthmus.edge.tls import tls_error
 from isthmus.edge.wire import Wire
@@ -36,7 +38,8 @@ from isthmus.protocol.errors import (
 from isthmus.protocol.events import SessionResumed
 from isthmus.protocol.frames import HEADER_BYTES
 from isthmus.protocol.limits import Limits
-from isthmus.protocol.messages import CanaryResult, Hello, Open, Welcome
+from isthmus.protocol.messages import CanaryResult, Hello, Load, Open, Welcome
+from isthmus.splitter.links import LinkView
 
 if TYPE_CHECKING:
     import numpy as np
@@ -46,6 +49,7 @@ SUBPROTOCOL: Final = Subprotocol("isthmus.v1")
 PATH: Final = "/v1/session"
 # Unsent bytes the kernel may hold, so that what overtakes in our queue is not stuck in the kernel's.
 UNSENT_BYTES: Final = 128 * 1024
+PROBE_S: Final = 3.0
 
 
 # Of no hierarchy, so that no configuration can lower its level: websockets' debug lines hold the API key
@@ -112,10 +116,12 @@ class CloudLink:
         self._connect_timeout_s = connect_timeout_s
         self._first_timeout_s = first_timeout_s
         self._deadline = StepDeadline()
+        self._estimator = LinkEstimator()
         self.breaker = CircuitBreaker()
         self._wire: Wire | None = None
         self._retired: list[Wire] = []  # broken ones, and draining ones whose sessions still run
         self._connecting = asyncio.Lock()
+        self._probing = asyncio.Lock()
         self.failure: IsthmusError | None = None  # why the newest attempt to connect failed
         self._past_up = 0
         self._past_down = 0
@@ -141,8 +147,25 @@ class CloudLink:
     @property
     def rtt_s(self) -> float | None:
         """Smoothed round trip in seconds; None while not connected or not measured."""
-        wire = self._alive()
-        return None if wire is None else wire.core.rtt_s
+        return None if self._alive() is None else self._estimator.rtt_s
+
+    def estimate(self, now: float) -> LinkView:
+        """What is known of the link, on `time.monotonic`'s clock. Outlives connections; then it ages."""
+        return self._estimator.view(now)
+
+    def needs_probe(self, now: float) -> bool:
+        """Something about the link is not known, or not any more; `probe` would measure it."""
+        return self._estimator.needs_probe(now)
+
+    @property
+    def load(self) -> Load | None:
+        """What the cloud said last about how busy it is; None if it was never heard."""
+        return None if self._wire is None else self._wire.load
+
+    @property
+    def load_age_s(self) -> float | None:
+        """How long ago it said so."""
+        return None if self._wire is None else monotonic() - self._wire.load_at
 
     @property
     def bytes_up(self) -> int:
@@ -193,6 +216,17 @@ class CloudLink:
         """Does this cloud ask for a canary before a session at `split`?"""
         return (await self._connected()).core.needs_canary(split)
 
+    async def probe(self) -> None:
+        """Measure what is not known of the link (connects if need be): up to 3 s and 1 MiB, on a link that no
+        request uses. Raises what `connect` does, and CloudLostError if the connection breaks meanwhile."""
+        async with self._probing:
+            if not self.needs_probe(monotonic()):
+                return
+            wire = await self._connected()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(PROBE_S):
+                    await probe_link(wire, self._estimator)
+
     async def aclose(self) -> None:
         """Close the connection. The link may be used again; it then reconnects."""
         self._retire()
@@ -226,7 +260,9 @@ class CloudLink:
             self._retired.remove(old)
             await old.aclose()
         socket_ = await self._upgrade()
-        wire = Wire(socket_, self._hello, self._limits, self._first_timeout_s, self._deadline)
+        wire = Wire(
+            socket_, self._hello, self._limits, self._first_timeout_s, self._deadline, self._estimator
+        )
         try:
             async with asyncio.timeout(self._limits.hello_timeout_s):
                 await asyncio.shield(wire.welcomed)

@@ -6,7 +6,7 @@ import asyncio
 from collections import deque
 from collections.abc import Sequence
 from time import monotonic
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from isthmus.protocol.errors import CloudError, CloudLostError, CloudTimeoutError, IsthmusError
 from isthmus.protocol.events import (
@@ -19,6 +19,7 @@ from isthmus.protocol.events import (
     SessionSuspended,
     StreamTokens,
 )
+from isthmus.protocol.frames import HEADER_BYTES
 from isthmus.protocol.messages import GoAway, Opened
 from isthmus.protocol.prefix import PrefixOffer
 
@@ -30,10 +31,23 @@ if TYPE_CHECKING:
 Output = ResultTokens | ResultRows | StreamTokens
 
 
+class _Step(NamedTuple):
+    """One row on its way."""
+
+    sent: float
+    up_bytes: int
+    down_bytes: int  # what the session had received by then
+    link_was_free: bool
+
+
 class LinkSession:
     """Awaiting methods raise what ended the session, CloudLostError where its connection broke.
 
     `suspended`: the connection broke, and the cloud may still hold the session.
+
+    Where its time went, as far as the cloud tells (not for hidden rows): `first_cloud_s` the cloud's part
+    of the first output; `num_steps` rows that were answered one by one, `cloud_s` the cloud's part of them
+    and `link_s` the rest, from sending the row to having its answer.
     """
 
     def __init__(self, wire: Wire, core: EdgeSession) -> None:
@@ -41,7 +55,12 @@ class LinkSession:
         self.bytes_up = 0
         self.bytes_down = 0
         self.suspended = False
+        self.num_steps = 0
+        self.cloud_s = 0.0
+        self.link_s = 0.0
+        self.first_cloud_s: float | None = None
         self._wire = wire
+        self._step: _Step | None = None
         self._opened: Opened | None = None
         self._outputs: deque[Output] = deque()
         self._resumed: SessionResumed | None = None
@@ -53,7 +72,7 @@ class LinkSession:
     @property
     def rtt_s(self) -> float | None:
         """The link's smoothed round trip, in seconds."""
-        return self._wire.core.rtt_s
+        return self._wire.estimator.rtt_s
 
     @property
     def goaway(self) -> GoAway | None:
@@ -98,6 +117,9 @@ class LinkSession:
     ) -> None:
         """Send one STEP of boundary rows; there must be `room`."""
         self.core.step_rows(encoded, pos, n_tok, final=final, truncate=truncate)
+        if n_tok == 1 and final:
+            size = HEADER_BYTES + len(encoded.body)
+            self._step = _Step(monotonic(), size, self.bytes_down, self._wire.core.is_link_free)
         await self._wire.send_now()
 
     async def verify_rows(self, ids: Sequence[int], encoded: Encoded, pos: int, *, truncate: bool) -> None:
@@ -132,6 +154,7 @@ class LinkSession:
     def attach(self, wire: Wire) -> None:
         """RESUME is on its way over `wire`."""
         self._wire = wire
+        self._step = None
         self._error = None
         self._resumed = None
         self.suspended = False
@@ -141,6 +164,9 @@ class LinkSession:
         if isinstance(event, ResultTokens | ResultRows | StreamTokens):
             if self._waiter is not None and self._has_output:
                 self._wire.deadline.note(monotonic() - self._waiting_since)
+            if not isinstance(event, ResultRows) and event.cloud_us:
+                self._note_times(event.cloud_us / 1e6, monotonic())
+            self._step = None
             self._has_output = True
             self._outputs.append(event)
         elif isinstance(event, SessionOpened):
@@ -153,6 +179,21 @@ class LinkSession:
         elif isinstance(event, SessionFailed) and self._error is None:
             self._error = event.error
         self._wake()
+
+    def _note_times(self, cloud_s: float, now: float) -> None:
+        """The cloud took `cloud_s` for the output that has just come."""
+        if not self._has_output:
+            self.first_cloud_s = cloud_s
+        step = self._step
+        if step is None:
+            return
+        took_s = now - step.sent
+        self.num_steps += 1
+        self.cloud_s += cloud_s
+        self.link_s += max(0.0, took_s - cloud_s)
+        if step.link_was_free:
+            down_bytes = self.bytes_down - step.down_bytes
+            self._wire.estimator.note_step(took_s, cloud_s, step.up_bytes, down_bytes, now)
 
     def check_deadline(self, now: float, first_timeout_s: float, step_timeout_s: float) -> None:
         """Fail a wait in which the cloud, though alive, made no progress for too long. Before the first

@@ -10,29 +10,34 @@ import asyncio
 from collections import deque
 from contextlib import suppress
 from time import monotonic
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from websockets.asyncio.client import ClientConnection
 from websockets.exceptions import ConnectionClosed
 
 from isthmus.edge.deadline import StepDeadline
+from isthmus.edge.link_estimate import LinkEstimator
 from isthmus.edge.link_session import LinkSession, as_lost
 from isthmus.protocol.edge_connection import EdgeConnection
 from isthmus.protocol.errors import CloudLostError, IsthmusError, ProtocolError
 from isthmus.protocol.events import (
     CanaryDone,
+    ChunkArrived,
     ConnectionFailed,
     EdgeEvent,
     GoingAway,
+    ProbeDone,
     Rejected,
+    RttMeasured,
     SessionClosed,
     SessionFailed,
     SessionSuspended,
+    StatusReceived,
     Welcomed,
 )
 from isthmus.protocol.frames import HEADER_BYTES
 from isthmus.protocol.limits import Limits
-from isthmus.protocol.messages import CanaryResult, GoAway, Hello, Open, Welcome
+from isthmus.protocol.messages import CanaryResult, GoAway, Hello, Load, Open, Welcome
 
 if TYPE_CHECKING:
     import numpy as np
@@ -55,8 +60,10 @@ class Wire:
         limits: Limits,
         first_timeout_s: float,
         deadline: StepDeadline,
+        estimator: LinkEstimator,
     ) -> None:
-        """`first_timeout_s`: how long a session may wait for its first output; `deadline`: for a step."""
+        """`first_timeout_s`: how long a session may wait for its first output; `deadline`: for a step.
+        `estimator` is told what this connection shows of the link."""
         self.core = EdgeConnection(hello, limits)
         self.sessions: dict[int, LinkSession] = {}
         self.bytes_up = 0
@@ -67,6 +74,10 @@ class Wire:
         self._canaries: deque[asyncio.Future[CanaryResult]] = deque()
         self._socket = socket_
         self.deadline = deadline
+        self.estimator = estimator
+        self.load = Load()
+        self.load_at = monotonic()  # when the cloud told it
+        self._probes: dict[int, asyncio.Future[ProbeDone]] = {}
         self.goaway: GoAway | None = None
         self._limits = limits
         self._first_timeout_s = first_timeout_s
@@ -118,6 +129,18 @@ class Wire:
         self._canaries.append(future)
         self.wake()
         return future
+
+    async def probe(self, up_bytes: int, down_bytes: int) -> ProbeDone:
+        """Send padding and have padding sent back. Raises what ended the connection, if it ends meanwhile."""
+        if self.error is not None:
+            raise self.error
+        seq = self.core.probe(up_bytes, down_bytes, monotonic())
+        self._probes[seq] = asyncio.get_running_loop().create_future()
+        try:
+            await self.send_now()
+            return await self._probes[seq]
+        finally:
+            del self._probes[seq]
 
     async def aclose(self) -> None:
         """Leave on purpose: the cloud is told to let go of what still runs, and keeps nothing."""
@@ -175,7 +198,7 @@ class Wire:
         self._idle.clear()
         async with self._flushing:
             try:
-                while batch := self.core.data_to_send(BATCH_BYTES):
+                while batch := self.core.data_to_send(BATCH_BYTES, monotonic()):
                     for message in batch:
                         self.bytes_up += len(message)
                         session = self.sessions.get(_stream_of(message))
@@ -219,8 +242,20 @@ class Wire:
             if ended and isinstance(event, SessionFailed):  # not for a fault of its own
                 event = SessionFailed(event.stream, as_lost(event.error))
             if isinstance(event, Welcomed):
+                self._note_load(event.welcome.load)
                 if not self.welcomed.done():
                     self.welcomed.set_result(event.welcome)
+            elif isinstance(event, StatusReceived):
+                self._note_load(event.status.load)
+            elif isinstance(event, RttMeasured):
+                self.estimator.note_rtt(event.seconds, monotonic())
+                if self.estimator.in_doubt and not self.sessions:
+                    self.core.ping(monotonic())  # has the link changed, or was it a hiccup?
+            elif isinstance(event, ChunkArrived):
+                self.estimator.note_chunk(event, monotonic())
+            elif isinstance(event, ProbeDone):
+                if (probe := self._probes.get(event.seq)) is not None and not probe.done():
+                    probe.set_result(event)
             elif isinstance(event, CanaryDone):
                 if self._canaries and not (future := self._canaries.popleft()).done():
                     future.set_result(event.result)
@@ -235,6 +270,9 @@ class Wire:
                 if isinstance(event, SessionFailed | SessionSuspended | SessionClosed):
                     self.sessions.pop(stream, None)
 
+    def _note_load(self, load: Load) -> None:
+        self.load, self.load_at = load, monotonic()
+
     def _end(self, error: IsthmusError) -> None:
         """The connection is over: tell everybody who waits, drop the socket without a handshake."""
         if self.error is not None:
@@ -247,10 +285,11 @@ class Wire:
         if not self.welcomed.done():
             self.welcomed.set_exception(error)
             self.welcomed.exception()  # maybe nobody waits for it any more
-        for canary in self._canaries:
-            if not canary.done():
-                canary.set_exception(error)
-                canary.exception()
+        unanswered: list[asyncio.Future[Any]] = [*self._canaries, *self._probes.values()]
+        for waiting in unanswered:
+            if not waiting.done():
+                waiting.set_exception(error)
+                waiting.exception()
         self._idle.set()
         if isinstance(error, ProtocolError) and self.core.has_data:
             self._to_send.set()  # the peer is alive: tell it what it did wrong, then hang up

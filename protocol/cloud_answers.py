@@ -142,11 +142,13 @@ class CloudAnswers(Connection[CloudEvent]):
         logprobs: Sequence[float | None] | None = None,
         top: Sequence[TopTokens] | None = None,
         finish: Finish | None = None,
+        cloud_us: int = 0,
     ) -> None:
         """Prefix shape: the one token of the FINAL step, or those of VERIFY up to the first that is not its
-        draft; `kv_len` rows are kept. In offload, without `finish`, `stream_tokens` goes on from here."""
+        draft; `kv_len` rows are kept. In offload, without `finish`, `stream_tokens` goes on from here.
+        `cloud_us` as in messages.ResultBody."""
         if session := self.sessions.get(stream):
-            session.result_tokens(tokens, kv_len, logprobs, top, finish)
+            session.result_tokens(tokens, kv_len, logprobs, top, finish, cloud_us)
 
     def result_rows(self, stream: int, encoded: Encoded, n_tok: int, *, kv_len: int) -> None:
         """U-shape: final hidden rows (before the final norm) of the step, encoded in `open.result_format`."""
@@ -161,11 +163,12 @@ class CloudAnswers(Connection[CloudEvent]):
         logprobs: Sequence[float | None] | None = None,
         top: Sequence[TopTokens] | None = None,
         finish: Finish | None = None,
+        cloud_us: int = 0,
     ) -> None:
         """Offload: the next tokens. What exceeds the edge's window waits here until it acknowledges; an
         engine that minds `stream_room` and StreamWindow generates no further ahead than that."""
         if session := self.sessions.get(stream):
-            session.stream_tokens(tokens, logprobs, top, finish)
+            session.stream_tokens(tokens, logprobs, top, finish, cloud_us)
 
     def stream_room(self, stream: int) -> int:
         """Tokens that would go out at once; 0 for a stream that is gone."""

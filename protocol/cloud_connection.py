@@ -13,9 +13,9 @@ Signatures (stable):
         token; not if the edge left on purpose: `clean`) or SessionFailed; then ConnectionFailed
     opened(stream, *, session_id: str, cached_rows=0, credits=None, chunk_rows=None, resume_token="")
     credit(stream, rows)                                         `rows` more non-output rows are computed
-    result_tokens(stream, tokens, *, kv_len, logprobs=None, top=None, finish=None)    prefix shape
+    result_tokens(stream, tokens, *, kv_len, logprobs=None, top=None, finish=None, cloud_us=0)  prefix shape
     result_rows(stream, encoded, n_tok, *, kv_len)               U-shape; encoded as RowCodec.encode gives
-    stream_tokens(stream, tokens, *, logprobs=None, top=None, finish=None)            offload, after RESULT
+    stream_tokens(stream, tokens, *, logprobs=None, top=None, finish=None, cloud_us=0)  offload, after RESULT
     stream_room(stream) -> int                                   tokens that would go out at once now
     closed(stream, *, pages_freed=0, kv_len=None, cached=False)  answers CANCEL and CLOSE
     fail(stream, error: IsthmusError)                            ends one session with ERROR
@@ -60,7 +60,7 @@ from isthmus.protocol.events import (
 )
 from isthmus.protocol.frames import Frame, MsgType, parse_json
 from isthmus.protocol.handshake import ServerInfo, answer_hello
-from isthmus.protocol.limits import Limits, TenantUsage
+from isthmus.protocol.limits import Limits, TenantUsage, TokenBucket
 from isthmus.protocol.messages import (
     Cancel,
     Close,
@@ -72,6 +72,7 @@ from isthmus.protocol.messages import (
     Reject,
     Resume,
 )
+from isthmus.protocol.probes import check_sizes, padded_frame
 from isthmus.protocol.states import CloudInput, CloudState, ConnectionInput, ConnectionState
 
 __all__ = ["CanaryCache", "CloudConnection", "ServerInfo"]
@@ -101,6 +102,7 @@ class CloudConnection(CloudAnswers):
         self._cache = canaries if canaries is not None else {}
         self._refusal = refusal
         self._highest_stream = 0
+        self._replies = TokenBucket(limits.probe_reply_bytes_per_s, limits.probe_reply_burst_bytes)
 
     # ---- deadlines and ends
 
@@ -178,12 +180,25 @@ class CloudConnection(CloudAnswers):
                 self._newest_ping = frame.seq
                 self._send_latest(Frame(MsgType.PONG, seq=frame.seq))
                 return []
+            case MsgType.PROBE:
+                self._on_probe(frame, now)
+                return []
             case MsgType.CANARY:
                 return [self._agreement.canaries.received(frame, self.info.hidden)]
             case MsgType.ERROR:
                 return self._end(parse_json(frame, ErrorBody).to_error(), CloudInput.ERROR)
             case _:
                 raise unexpected(frame)
+
+    def _on_probe(self, frame: Frame, now: float) -> None:
+        """Who asks for too much gets no padding, rather than an error: an edge that measures once too often
+        shall not lose its requests for it."""
+        most = self.limits.max_probe_bytes
+        check_sizes(len(frame.body), frame.pos, most=most)
+        if frame.pos and self._replies.take(now, frame.pos) == 0:
+            self._send(padded_frame(MsgType.PROBE_REPLY, frame.seq, frame.pos, most=most))
+        else:
+            self._send_latest(padded_frame(MsgType.PROBE_REPLY, frame.seq, 0, most=most))
 
     def _on_hello(self, frame: Frame) -> list[CloudEvent]:
         if self._state is not ConnectionState.HANDSHAKE:

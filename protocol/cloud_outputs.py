@@ -112,10 +112,11 @@ class CloudOutputs:
         logprobs: Sequence[float | None] | None,
         top: Sequence[TopTokens] | None,
         finish: Finish | None,
+        cloud_us: int = 0,
     ) -> None:
         if not self._may_answer(kv_len, len(tokens), "prefix"):
             return
-        body = _tokens(ResultBody, self.next_index, tokens, logprobs, top, finish)
+        body = _tokens(ResultBody, self.next_index, tokens, logprobs, top, finish, cloud_us)
         self.next_index += len(tokens)
         self._begins_at = None
         if self.open.streams:
@@ -175,6 +176,7 @@ class CloudOutputs:
         logprobs: Sequence[float | None] | None,
         top: Sequence[TopTokens] | None,
         finish: Finish | None,
+        cloud_us: int = 0,
     ) -> None:
         self._move(CloudInput.SEND_STREAM)
         if self.state is CloudState.CLOSING:
@@ -186,7 +188,7 @@ class CloudOutputs:
                 + ("" if self.generating else " without a step to answer"),
                 code="engine_mismatch",
             )
-        self._unsent.append(_tokens(StreamBody, self.next_index, tokens, logprobs, top, finish))
+        self._unsent.append(_tokens(StreamBody, self.next_index, tokens, logprobs, top, finish, cloud_us))
         self.next_index = end
         self.kv_len = self.open.prompt_tokens + end - 1  # the newest token is not in the KV yet
         self.generating = finish is None
@@ -230,6 +232,7 @@ def _tokens(
     logprobs: Sequence[float | None] | None,
     top: Sequence[TopTokens] | None,
     finish: Finish | None,
+    cloud_us: int,
 ) -> _Body:
     return kind(
         first_index=first_index,
@@ -237,6 +240,7 @@ def _tokens(
         logprobs=None if logprobs is None else tuple(logprobs),
         top=None if top is None else tuple(top),
         finish=finish,
+        cloud_us=cloud_us,
     )
 
 

@@ -5,8 +5,9 @@ Signatures (stable):
     EdgeConnection(hello: Hello, limits: Limits = Limits())
     start(now) -> None                         queues HELLO, starts the WELCOME deadline
     receive(data: bytes | str, now) -> list[EdgeEvent]          one whole websocket message
-    data_to_send(max_bytes=None) -> list[bytes]                 websocket messages, urgent ones first; with
-                                               max_bytes at least one, then as many as fit
+    data_to_send(max_bytes=None, now=None) -> list[bytes]       websocket messages, urgent ones first; with
+                                               max_bytes at least one, then as many as fit; with `now` their
+                                               arrival is measured (ChunkArrived)
     on_tick(now) -> list[EdgeEvent]            pings, WELCOME deadline, dead peer; call every ~0.1–0.25 s
     progress(now) -> None                      optional: the transport drained queued bytes (slow ≠ dead)
     lost(error=None) -> list[EdgeEvent]        the socket closed: per session SessionSuspended (it can be
@@ -15,10 +16,12 @@ Signatures (stable):
     resume(EdgeSession) -> None                of another connection; SessionResumed or SessionFailed answers
     needs_canary(split) -> bool
     canary(split, rows: float32[n, hidden]) -> None             CanaryDone event answers
-    ping(now) -> None                          an extra ping (on_tick pings by itself)
+    ping(now) -> None                          an extra ping (on_tick pings by itself); RttMeasured answers
+    probe(up_bytes, down_bytes, now) -> int    seq; ProbeDone answers; at most max_probe_bytes each way
     close() -> None                            nothing is sent; receive and on_tick become no-ops
-    welcome: Welcome | None   is_closed: bool   draining: bool   has_data: bool   rtt_s: float | None (EWMA)
-    rtt_min_s: float | None   sessions: dict[int, EdgeSession] (live ones)
+    welcome: Welcome | None   is_closed: bool   draining: bool   has_data: bool
+    is_link_free: bool        nothing larger than a row is under way
+    sessions: dict[int, EdgeSession] (live ones)
 
 After ConnectionFailed or Rejected: flush data_to_send(), close the socket.
 """
@@ -66,11 +69,11 @@ from isthmus.protocol.messages import (
     Status,
     Welcome,
 )
+from isthmus.protocol.pings import Pings
+from isthmus.protocol.probes import check_sizes, padded_frame
 from isthmus.protocol.states import ConnectionInput, ConnectionState, EdgeInput
 
-_RTT_GAIN = 1 / 8  # RFC 6298, 2.3
 _MAX_STREAM = 2**32 - 1
-_MAX_PINGS = 64  # unanswered ones kept, for a peer that talks but never answers pings
 
 
 class EdgeConnection(Connection[EdgeEvent]):
@@ -82,14 +85,10 @@ class EdgeConnection(Connection[EdgeEvent]):
         self.welcome: Welcome | None = None
         self.draining = False
         self.sessions: dict[int, EdgeSession] = {}
-        self.rtt_s: float | None = None
-        self.rtt_min_s: float | None = None
         self._next_stream = 1
         self._started = 0.0
-        self._pings: dict[int, float] = {}  # seq → time sent, unanswered
-        self._num_pings = 0
+        self._pings = Pings()
         self._received_there = 0  # bytes, by the newest STATUS
-        self._last_ping: float | None = None
         self._canaries = EdgeCanaries(())
 
     # ---- for the owner
@@ -167,11 +166,34 @@ class EdgeConnection(Connection[EdgeEvent]):
 
     def ping(self, now: float) -> None:
         """Measure the round trip. `on_tick` does so every `heartbeat_s` by itself."""
-        self._num_pings += 1
-        self._last_ping = now
-        self._pings[self._num_pings] = now
-        self._pings.pop(self._num_pings - _MAX_PINGS, None)
-        self._send_latest(Frame(MsgType.PING, seq=self._num_pings))
+        self._send_latest(self._pings.ping(now))
+
+    def probe(self, up_bytes: int, down_bytes: int, now: float) -> int:
+        """Send `up_bytes` of padding and ask for `down_bytes`; the probe's seq, and ProbeDone answers.
+        FrameError for more than both ends allow."""
+        check_sizes(up_bytes, down_bytes, most=self.max_probe_bytes)
+        seq = self._pings.probe(up_bytes, down_bytes, now)
+        most = self.limits.max_probe_bytes
+        self._send(padded_frame(MsgType.PROBE, seq, up_bytes, most=most, pos=down_bytes))
+        return seq
+
+    @property
+    def max_probe_bytes(self) -> int:
+        """Of padding, each way."""
+        return min(self.limits.max_probe_bytes, self._terms().limits.max_probe_bytes)
+
+    @property
+    def is_link_free(self) -> bool:
+        """Nothing larger than a row is on its way up, and no probe either way."""
+        return self._pings.is_link_free
+
+    def data_to_send(self, max_bytes: int | None = None, now: float | None = None) -> list[bytes]:
+        """As Connection.data_to_send. With `now`, a PING follows each large message, so that its PONG tells
+        when that message had arrived."""
+        messages = super().data_to_send(max_bytes)
+        if now is None or self._state is not ConnectionState.OPEN:
+            return messages
+        return self._pings.with_markers(messages, now)
 
     def on_tick(self, now: float) -> list[EdgeEvent]:
         """Deadlines and heartbeat: a dead cloud is found `dead_after_s` after the last byte from it."""
@@ -187,7 +209,7 @@ class EdgeConnection(Connection[EdgeEvent]):
         if self._state is not ConnectionState.OPEN:
             return []
         silence = self._silence_s(now)
-        if self._pings and silence >= self.limits.dead_after_s:
+        if self._pings.unanswered and silence >= self.limits.dead_after_s:
             return self.fail_connection(
                 CloudLostError(
                     f"the cloud has been silent for {silence:.1f} s, allowed are "
@@ -195,7 +217,8 @@ class EdgeConnection(Connection[EdgeEvent]):
                     code="cloud_silent",
                 )
             )
-        if self._last_ping is None or now - self._last_ping >= self.limits.heartbeat_s:
+        last = self._pings.last_sent
+        if last is None or now - last >= self.limits.heartbeat_s:
             self.ping(now)
         return []
 
@@ -225,8 +248,11 @@ class EdgeConnection(Connection[EdgeEvent]):
                 self._move(ConnectionInput.REJECT)
                 return [Rejected(error)]
             case MsgType.PONG:
-                self._on_pong(frame.seq, now)
-                return []
+                measured = self._pings.answered(frame.seq, now)
+                return [measured] if measured else []
+            case MsgType.PROBE_REPLY:
+                done = self._pings.replied(frame, now)
+                return [done] if done else []
             case MsgType.STATUS:
                 return [self._on_status(parse_json(frame, Status))]
             case MsgType.CANARY_RESULT:
@@ -253,16 +279,6 @@ class EdgeConnection(Connection[EdgeEvent]):
             self._last_heard = self._heard_before
         self._received_there = status.received
         return StatusReceived(status)
-
-    def _on_pong(self, seq: int, now: float) -> None:
-        sent = self._pings.get(seq)
-        if sent is None:
-            return
-        # The cloud answers the newest of several pings.
-        self._pings = {other: when for other, when in self._pings.items() if other > seq}
-        sample = now - sent
-        self.rtt_s = sample if self.rtt_s is None else self.rtt_s + _RTT_GAIN * (sample - self.rtt_s)
-        self.rtt_min_s = sample if self.rtt_min_s is None else min(self.rtt_min_s, sample)
 
     def _on_session_frame(self, frame: Frame) -> list[EdgeEvent]:
         session = self.sessions.get(frame.stream)

@@ -196,6 +196,7 @@ class EdgeSession(ResumableSteps):
             body.logprobs,
             body.top,
             body.finish,
+            body.cloud_us,
         )
 
     def _check_held(self, frame: Frame, expected: int) -> None:
@@ -242,7 +243,13 @@ class EdgeSession(ResumableSteps):
         self._streaming = body.finish is None
         self._acknowledge()
         return StreamTokens(
-            self.stream, fresh.first_index, fresh.tokens, fresh.logprobs, fresh.top, fresh.finish
+            self.stream,
+            fresh.first_index,
+            fresh.tokens,
+            fresh.logprobs,
+            fresh.top,
+            fresh.finish,
+            fresh.cloud_us,
         )
 
     def _check_ids(self, tokens: Sequence[int]) -> None:

@@ -1,7 +1,7 @@
 """What the sans-IO connections report to their owners: frozen dataclasses, no behaviour.
 
 Edge:  Welcomed Rejected SessionOpened ResultTokens ResultRows StreamTokens CreditGranted SessionClosed
-       SessionSuspended SessionResumed StatusReceived CanaryDone GoingAway
+       SessionSuspended SessionResumed StatusReceived CanaryDone GoingAway RttMeasured ChunkArrived ProbeDone
 Cloud: HelloAccepted SessionOpenRequested StepReceived CancelRequested CloseRequested StreamWindow
        SessionDetached ResumeRequested CanaryRequested
 Both:  SessionFailed ConnectionFailed
@@ -91,6 +91,7 @@ class ResultTokens:
     logprobs: tuple[float | None, ...] | None = None
     top: tuple[TopTokens, ...] | None = None
     finish: Finish | None = None
+    cloud_us: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +115,7 @@ class StreamTokens:
     logprobs: tuple[float | None, ...] | None = None
     top: tuple[TopTokens, ...] | None = None
     finish: Finish | None = None
+    cloud_us: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +186,35 @@ class GoingAway:
     """The cloud drains: `open` is refused from now on; running sessions go on."""
 
     goaway: GoAway
+
+
+@dataclass(frozen=True, slots=True)
+class RttMeasured:
+    """A PING that had the link to itself was answered after `seconds`."""
+
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkArrived:
+    """A large upload has arrived. If the link was idle when it began, `num_bytes` took `since_sent_s` less a
+    round trip. If not, the `bytes_between` it and the upload before took `since_previous_s`. The shorter of
+    the two times is the true one."""
+
+    num_bytes: int
+    since_sent_s: float
+    bytes_between: int
+    since_previous_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeDone:
+    """The PROBE `seq` was answered `seconds` after it left. `down_bytes` is 0 where no padding came back."""
+
+    seq: int
+    up_bytes: int
+    down_bytes: int
+    seconds: float
 
 
 # ---- cloud --------------------------------------------------------------------------------------
@@ -295,6 +326,9 @@ EdgeEvent = (
     | StatusReceived
     | CanaryDone
     | GoingAway
+    | RttMeasured
+    | ChunkArrived
+    | ProbeDone
     | ConnectionFailed
 )
 CloudEvent = (

@@ -9,7 +9,7 @@ A frame is one binary websocket message: a 42-byte little-endian header, then th
             6  stream    u32  0 = the connection itself
            10  epoch     u32
            14  seq       u64
-           22  pos       u32  row position; kv_len in RESULT and CREDIT
+           22  pos       u32  row position; kv_len in RESULT and CREDIT; bytes wanted back in PROBE
            26  n_tok     u16  rows (or token ids) in the body
            28  dtype     u8   Dtype: how the uncompressed body reads
            29  codec     u8   Codec: how the body is compressed
@@ -64,6 +64,8 @@ class MsgType(IntEnum):
     CANARY_RESULT = 20
     PING = 21
     PONG = 22
+    PROBE = 23
+    PROBE_REPLY = 24
 
 
 class Flag(IntFlag):
@@ -77,7 +79,8 @@ class Flag(IntFlag):
 
 
 class Dtype(IntEnum):
-    """How the uncompressed body reads: rows in one of three formats, token ids (i32) or JSON."""
+    """How the uncompressed body reads: rows in one of three formats, token ids (i32), JSON, or bytes that
+    mean nothing."""
 
     NONE = 0
     F32 = 1
@@ -85,6 +88,7 @@ class Dtype(IntEnum):
     INT8 = 3
     TOKEN_IDS = 4
     JSON = 5
+    PADDING = 6
 
 
 class Codec(IntEnum):
@@ -112,6 +116,8 @@ _ROWS = frozenset({Dtype.F32, Dtype.BF16, Dtype.INT8})
 _ROWS_OR_IDS = _ROWS | {Dtype.TOKEN_IDS}
 _JSON = frozenset({Dtype.JSON})
 _EMPTY = frozenset({Dtype.NONE})
+_PADDING = frozenset({Dtype.PADDING})
+_WITHOUT_ROWS = frozenset({Dtype.NONE, Dtype.JSON, Dtype.PADDING})
 _STEP_FLAGS = Flag.TRUNCATE | Flag.FINAL | Flag.ALL_ROWS
 
 # The one table: what each message type may carry, and where.
@@ -138,6 +144,8 @@ _RULES: Final[dict[MsgType, _Rule]] = {
     MsgType.CANARY_RESULT: _Rule(_JSON, _Stream.EITHER),
     MsgType.PING: _Rule(_EMPTY, _Stream.CONNECTION),
     MsgType.PONG: _Rule(_EMPTY, _Stream.CONNECTION),
+    MsgType.PROBE: _Rule(_PADDING, _Stream.CONNECTION),
+    MsgType.PROBE_REPLY: _Rule(_PADDING, _Stream.CONNECTION),
 }
 
 # The body's length is a whole number of these per row; a row is at least one of them.
@@ -297,10 +305,10 @@ def _check_legal(
             code="bad_length",
             hint="send such a body uncompressed",
         )
-    if dtype is Dtype.NONE or dtype is Dtype.JSON:
+    if dtype in _WITHOUT_ROWS:
         if n_tok != 0:
             raise FrameError(f"{name}: {n_tok} rows in a body of dtype {dtype.name}", code="bad_rows")
-        if (raw_len == 0) != (dtype is Dtype.NONE):
+        if dtype is not Dtype.PADDING and (raw_len == 0) != (dtype is Dtype.NONE):
             raise FrameError(f"{name}: body of {raw_len} bytes with dtype {dtype.name}", code="bad_length")
         return
     if n_tok == 0:

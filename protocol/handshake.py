@@ -10,6 +10,7 @@ from isthmus.protocol.frames import VERSION
 from isthmus.protocol.identity import Match, ModelIdentity, compare
 from isthmus.protocol.limits import Limits
 from isthmus.protocol.messages import Hello, Load, Welcome
+from isthmus.protocol.profiles import DeviceProfile, Prices
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,8 @@ class ServerInfo:
     kv_bytes_per_token_layer: int
     server: str = ""
     kl: Mapping[str, float] = field(default_factory=dict)
-    profile: Mapping[str, float | int | str | None] = field(default_factory=dict)
+    profile: DeviceProfile | None = None
+    prices: Prices | None = None
 
 
 def answer_hello(
@@ -66,7 +68,8 @@ def answer_hello(
         context_length=info.context_length,
         row_formats=formats,
         kl=dict(info.kl),
-        profile=dict(info.profile),
+        profile=info.profile,
+        prices=info.prices,
         load=load,
         canary_passed=canary_passed,
     )

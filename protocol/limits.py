@@ -43,6 +43,11 @@ class Limits:
     # Per tenant; 0: no limit. Tokens are rows fed and tokens streamed.
     max_resumes_per_minute_per_tenant: int = 240
     max_tokens_per_s_per_tenant: float = 0.0
+    # Padding of a PROBE and of its reply. The replies of one connection are bounded, for a few bytes ask for
+    # many; with the burst an edge measures its link several times over.
+    max_probe_bytes: int = 256 * 1024
+    probe_reply_bytes_per_s: int = 512 * 1024
+    probe_reply_burst_bytes: int = 2 * MIB
 
     def wire(self) -> WireLimits:
         """The bounds the edge has to know, as WELCOME carries them."""
@@ -56,6 +61,7 @@ class Limits:
             stream_window_tokens=self.stream_window_tokens,
             heartbeat_s=self.heartbeat_s,
             dead_after_s=self.dead_after_s,
+            max_probe_bytes=self.max_probe_bytes,
         )
 
 
@@ -83,14 +89,14 @@ class TokenBucket:
         self._level -= n
         return max(0.0, -self._level / self.rate_per_s)
 
-    def take(self, now: float) -> float:
-        """Take one if it is there: 0. Else nothing is taken; seconds until it will be there."""
+    def take(self, now: float, n: float = 1.0) -> float:
+        """Take `n` if they are there: 0. Else nothing is taken; seconds until they will be there."""
         if self.rate_per_s <= 0:
             return 0.0
         self._refill(now)
-        if self._level < 1:
-            return (1 - self._level) / self.rate_per_s
-        self._level -= 1
+        if self._level < n:
+            return (n - self._level) / self.rate_per_s
+        self._level -= n
         return 0.0
 
     def _refill(self, now: float) -> None:

@@ -8,6 +8,7 @@ frame header:
   pos + n_tok - prompt_tokens (`Open.index_after`); a VERIFY those from pos + 1 - prompt_tokens on.
 * a CANARY frame carries raw F32 rows, its split in `pos`, its number in `seq`; stream 0.
 * PING and PONG have no body; `seq` is the counter that PONG echoes.
+* PROBE and PROBE_REPLY carry padding (probes.py); PROBE_REPLY echoes `seq`.
 
 Public: Hello Welcome Reject Open Opened Resume Resumed ResultBody StreamBody Credit Cancel Close Closed Load
 Status GoAway ErrorBody CanaryResult WireLimits.
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 from typing import Annotated, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from isthmus.protocol.errors import (
     CloudError,
@@ -33,13 +34,10 @@ from isthmus.protocol.errors import (
 )
 from isthmus.protocol.identity import ModelIdentity
 from isthmus.protocol.prefix import PrefixOffer
+from isthmus.protocol.profiles import DeviceProfile, Prices
 from isthmus.protocol.sampling import SamplingParams
+from isthmus.protocol.wire_types import U32, Count, Message, Name, Seconds, Text
 
-U32 = Annotated[int, Field(ge=0, le=2**32 - 1)]
-Count = Annotated[int, Field(ge=0, le=2**53)]  # what JSON readers hold exactly
-Name = Annotated[str, Field(max_length=256)]
-Text = Annotated[str, Field(max_length=4096)]
-Seconds = Annotated[float, Field(ge=0)]
 Finish = Literal["stop", "length"]
 ResumeAction = Literal["ok", "replay", "rebuild"]
 SessionId = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
@@ -48,12 +46,6 @@ TopTokens = tuple[tuple[U32, float], ...]
 
 MAX_PRIORITY: Final = 10
 """A request's priority goes from minus this to this; 0 is everybody's."""
-
-
-class Message(BaseModel):
-    """Base of all control bodies."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, strict=True)
 
 
 class WireLimits(Message):
@@ -68,10 +60,15 @@ class WireLimits(Message):
     stream_window_tokens: Annotated[int, Field(ge=1, le=2**32 - 1)]
     heartbeat_s: Seconds
     dead_after_s: Seconds
+    max_probe_bytes: Count
 
 
 class Load(Message):
-    """How busy the cloud is. `queue` waits, `running` computes; pages are of 16 tokens of one layer."""
+    """How busy the cloud is. `queue` waits, `running` computes; pages are of 16 tokens of one layer.
+
+    `step_s`: mean seconds of the recent steps that only decoded, 0 where there were none lately. `queue_s`:
+    estimated seconds until a new session's first row would be computed.
+    """
 
     queue: Count = 0
     running: Count = 0
@@ -79,6 +76,8 @@ class Load(Message):
     kv_free_pages: Count = 0
     kv_cached_pages: Count = 0
     rows_computed: Count = 0
+    step_s: Seconds = 0.0
+    queue_s: Seconds = 0.0
 
 
 class Hello(Message):
@@ -92,7 +91,11 @@ class Hello(Message):
 
 
 class Welcome(Message):
-    """cloud → edge: the terms. `match` "canary": splits not in `canary_passed` need a CANARY first."""
+    """cloud → edge: the terms. `match` "canary": splits not in `canary_passed` need a CANARY first.
+
+    `profile`: of the cloud by itself, None where it was not measured. `prices` None: nobody said what it
+    charges.
+    """
 
     version: U32
     identity: ModelIdentity
@@ -105,8 +108,9 @@ class Welcome(Message):
     vocab_size: U32
     context_length: U32
     row_formats: Annotated[tuple[Name, ...], Field(max_length=16)]
-    kl: dict[Name, float] = {}
-    profile: dict[Name, float | int | str | None] = {}
+    kl: dict[Name, float] = Field(default_factory=dict)
+    profile: DeviceProfile | None = None
+    prices: Prices | None = None
     load: Load = Load()
     canary_passed: tuple[U32, ...] = ()
 
@@ -221,13 +225,18 @@ class Resumed(Message):
 
 
 class _Tokens(Message):
-    """Consecutive output tokens from `first_index` on; natural-log probabilities of the raw distribution."""
+    """Consecutive output tokens from `first_index` on; natural-log probabilities of the raw distribution.
+
+    `cloud_us`: microseconds from the arrival of the step that asked for the first of them to their leaving,
+    queue and computing together; 0 where that is not known, and in all but the first STREAM of a session.
+    """
 
     first_index: U32
     tokens: Annotated[tuple[U32, ...], Field(max_length=2**16)]
     logprobs: tuple[float | None, ...] | None = None
     top: tuple[TopTokens, ...] | None = None
     finish: Finish | None = None
+    cloud_us: U32 = 0
 
     @model_validator(mode="after")
     def _same_length(self) -> _Tokens:
@@ -237,7 +246,8 @@ class _Tokens(Message):
         return self
 
     def part(self, start: int, stop: int | None = None) -> Self:
-        """Output indexes [start, stop) of this; `finish` stays with the last token."""
+        """Output indexes [start, stop) of this. `finish` stays with the last token, `cloud_us` with the
+        first."""
         low = max(0, start - self.first_index)
         high = len(self.tokens) if stop is None else min(len(self.tokens), stop - self.first_index)
         return self.model_copy(
@@ -247,6 +257,7 @@ class _Tokens(Message):
                 "logprobs": None if self.logprobs is None else self.logprobs[low:high],
                 "top": None if self.top is None else self.top[low:high],
                 "finish": self.finish if high == len(self.tokens) else None,
+                "cloud_us": 0 if low else self.cloud_us,
             }
         )
 

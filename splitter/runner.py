@@ -93,6 +93,11 @@ class BlockRunner:
         return tuple(sorted(int(name[6:]) for name in names if name.startswith("layer.")))
 
     @property
+    def head_loaded(self) -> bool:
+        """Whether norm and head are in memory."""
+        return "head" in self._sessions
+
+    @property
     def provider_used(self) -> str:
         """The provider that really runs: what the sessions report (what was asked for until one is open)."""
         sessions = list(self._sessions.values())

@@ -89,6 +89,11 @@ EDGE_ATTACKS: tuple[Attack, ...] = (
         code="bad_message",
     ),
     _early(
+        name="WELCOME with a profile that is none",
+        messages=(control(MsgType.WELCOME, '{"version":1,"profile":{"threads":2}}', stream=0, epoch=0),),
+        code="bad_message",
+    ),
+    _early(
         name="WELCOME of a megabyte",
         messages=(control(MsgType.WELCOME, '"' + "x" * 2**20 + '"', stream=0, epoch=0),),
         code="too_large",
@@ -291,6 +296,22 @@ EDGE_ATTACKS: tuple[Attack, ...] = (
         reply=MsgType.RESULT,
     ),
     Attack("ping flood", "a ping from the cloud", (PING,), "unexpected_message", fatal=True),
+    Attack(
+        "ping flood",
+        "100 replies to no probe",
+        (
+            *[message(MsgType.PROBE_REPLY, bytes(1000), stream=0, seq=9, dtype=Dtype.PADDING)] * 100,
+            tokens('{"first_index":0,"tokens":[7]}'),
+        ),
+        reply=MsgType.RESULT,
+    ),
+    Attack(
+        "ping flood",
+        "a probe from the cloud",
+        (message(MsgType.PROBE, stream=0, dtype=Dtype.PADDING),),
+        "unexpected_message",
+        fatal=True,
+    ),
     Attack(
         "ping flood",
         "credits without end",

@@ -38,7 +38,7 @@ FRAMING_ATTACKS: tuple[Attack, ...] = (
         _fatal("future version", f"version {n}", (message(MsgType.PING, stream=0, version=n),), "bad_version")
         for n in (0, 2, 255)
     ),
-    *(_unknown(name=f"type {n}", messages=(message(n, stream=0),)) for n in (0, 23, 127, 255)),
+    *(_unknown(name=f"type {n}", messages=(message(n, stream=0),)) for n in (0, 25, 127, 255)),
     _fatal(
         "unknown type",
         "a type that only the cloud sends",
@@ -59,6 +59,12 @@ FRAMING_ATTACKS: tuple[Attack, ...] = (
     ),
     _length(name="bytes after the body", messages=(NEXT_STEP + b"\0",)),
     _length(name="a body on PING", messages=(PING + b"x",)),
+    _fatal(
+        "wire_len ≠ actual",
+        "padding that claims rows",
+        (message(MsgType.PROBE, b"x", stream=0, n_tok=1, dtype=Dtype.PADDING),),
+        "bad_rows",
+    ),
     _length(name="JSON of no bytes", messages=(message(MsgType.CANCEL, dtype=Dtype.JSON),)),
     _fatal("wire_len ≠ actual", "a wrong checksum", (step(raw_rows(1), 1, crc=1),), "bad_crc"),
     _fatal(

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 from isthmus.protocol.frames import Dtype, Flag, MsgType
+from isthmus.protocol.limits import Limits
 from tests.attacks.bad_inputs import Attack, Ours, Stage
 from tests.attacks.messages import (
     FIRST_STEP,
@@ -20,6 +21,7 @@ from tests.attacks.messages import (
     step,
 )
 
+_probed = partial(Attack, "ping flood", code="probe_too_large", fatal=True)
 _early = partial(Attack, "STEP before HELLO", code="wrong_state", stage=Stage.CONNECTED, fatal=True)
 _duplicate = partial(Attack, "duplicate seq with a different payload", code="duplicate_seq_payload")
 _gap = partial(Attack, "gap", code="sequence_gap")
@@ -39,10 +41,17 @@ def _verify(ids: tuple[int, ...], **header: int) -> bytes:
     return message(MsgType.VERIFY, body, **values)
 
 
+def probe(body: bytes, *, pos: int = 0, seq: int = 1) -> bytes:
+    return message(MsgType.PROBE, body, stream=0, epoch=0, seq=seq, pos=pos, dtype=Dtype.PADDING)
+
+
+MOST = Limits().max_probe_bytes
+
 SESSION_ATTACKS: tuple[Attack, ...] = (
     _early(name="a step", messages=(FIRST_STEP,)),
     _early(name="OPEN", messages=(open_message(),)),
     _early(name="a ping", messages=(PING,)),
+    _early(name="a probe", messages=(probe(b"x"),)),
     Attack("HELLO twice", "the same", (Ours.HELLO,), "hello_twice", Stage.GREETED, fatal=True),
     Attack("HELLO twice", "in a running session", (Ours.HELLO,), "hello_twice", fatal=True),
     _duplicate(name="other rows", messages=(step(raw_rows(2)[::-1], 2, seq=1, pos=0),)),
@@ -106,6 +115,19 @@ SESSION_ATTACKS: tuple[Attack, ...] = (
     Attack("CANCEL racing RESULT", "before OPEN", (CANCEL,), "unknown_stream", Stage.GREETED),
     Attack(
         "CANCEL racing RESULT", "a field that is none", (control(MsgType.CANCEL, '{"x":1}'),), "bad_message"
+    ),
+    _probed(name="a probe above its bound", messages=(probe(bytes(MOST + 1)),)),
+    _probed(name="a probe that asks for 4 GiB", messages=(probe(b"", pos=2**32 - 1),)),
+    _probed(
+        name="a reply nobody may send",
+        messages=(message(MsgType.PROBE_REPLY, stream=0, dtype=Dtype.PADDING),),
+        code="unexpected_message",
+    ),
+    Attack(
+        "ping flood",
+        "1,000 probes that ask for all there is",
+        tuple(probe(b"", pos=MOST, seq=seq) for seq in range(1000)),
+        reply=MsgType.PROBE_REPLY,
     ),
     # Neighbours of the list's items: ids that are none, JSON that is none, orders of another kind.
     _position(

@@ -77,7 +77,7 @@ TENSOR_ATTACKS: tuple[Attack, ...] = (
         _unknown(
             name=f"dtype {n}", messages=(step(raw_rows(1), 1, dtype=n),), code="unknown_dtype", fatal=True
         )
-        for n in (6, 128, 255)
+        for n in (7, 128, 255)
     ),
     *(
         _unknown(

@@ -28,7 +28,9 @@ from isthmus.protocol.frames import (
     parse_json,
 )
 from isthmus.protocol.keys import parse_keys
+from isthmus.protocol.profiles import DeviceProfile
 from isthmus.protocol.resume_tokens import check_token, make_token
+from isthmus.protocol.wire_types import Message
 from isthmus.relay.script import FaultScript
 from isthmus.splitter.gguf_reader import GGUFFile
 from isthmus.splitter.graph_check import external_tensors
@@ -36,6 +38,7 @@ from isthmus.splitter.manifest import Manifest
 from isthmus.splitter.safetensors_reader import SafetensorsFile
 from isthmus.splitter.spec import ModelSpec
 from tests.attacks.messages import HIDDEN, VOCAB, control, message, raw_rows, rows, step
+from tests.protocol.pairing import make_profile
 from tests.protocol.transcripts import TRANSCRIPTS
 from tests.splitter.packs import tiny_pack, tiny_source
 
@@ -66,7 +69,7 @@ def sealed(data: bytes) -> bytes:
 
 
 FRAMES = tuple(encode_frame(line.frame) for transcript in TRANSCRIPTS for line in transcript.lines)
-_MODELS: dict[MsgType, type[messages.Message]] = {
+_MODELS: dict[MsgType, type[Message]] = {
     MsgType.HELLO: messages.Hello, MsgType.WELCOME: messages.Welcome, MsgType.REJECT: messages.Reject,
     MsgType.OPEN: messages.Open, MsgType.OPENED: messages.Opened, MsgType.RESULT: messages.ResultBody,
     MsgType.STREAM: messages.StreamBody, MsgType.CREDIT: messages.Credit, MsgType.CANCEL: messages.Cancel,
@@ -91,6 +94,8 @@ def _to_text(parse: Callable[[str], object]) -> Callable[[bytes], object]:
 def _keys(text: str) -> object:
     return parse_keys(text.splitlines(), source="keys")
 
+
+_profile = partial(DeviceProfile.from_json, name="profile")
 
 _OUTLIERS = (3, 17)
 _CODECS = {
@@ -251,7 +256,7 @@ def decoder_targets() -> tuple[Target, ...]:
     )
     return (
         Target("decode_frame", 0.2, (*FRAMES, step(raw_rows(2), 2)), _frame),
-        Target("decode_frame, sealed", 0.12, FRAMES, lambda data: _frame(sealed(data))),
+        Target("decode_frame, sealed", 0.1, FRAMES, lambda data: _frame(sealed(data))),
         Target("parse_json", 0.2, (*controls, *more), _control),
         Target("RowCodec.decode", 0.1, _good_rows(), _rows),
         Target("decompress", 0.06, (compress(raw_rows(1) * 4), compress(bytes(1024))), _decompress),
@@ -262,6 +267,7 @@ def decoder_targets() -> tuple[Target, ...]:
         Target("config.json", 0.02, ((source / "config.json").read_bytes(),), _spec),
         Target("pack manifest", 0.01, ((pack / "manifest.json").read_bytes(),), Manifest.from_bytes),
         Target("ONNX graph", 0.02, ((pack / "blocks/layer.1.onnx").read_bytes(),), external_tensors),
+        Target("device profile", 0.02, (make_profile().to_json().encode(),), _profile),
         Target("key file", 0.03, (KEYS,), _to_text(_keys)),
         Target("fault script", 0.02, (SCRIPT,), _to_text(FaultScript.parse)),
         Target("resume token", 0.02, (_TOKEN.encode(),), _token),

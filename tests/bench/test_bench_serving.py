@@ -66,7 +66,7 @@ def test_the_probe_times_the_steps_it_was_asked_for(tiny: Path) -> None:
 
 def test_the_probe_does_not_time_part_of_a_step(tiny: Path) -> None:
     engine = engine_of(tiny, num_pages=400, config=SchedulerConfig(max_rows=16, max_chunk_rows=16))
-    with pytest.raises(IsthmusError, match="computed 16 rows, the probe asked for 50"):
+    with pytest.raises(IsthmusError, match="computed 16 rows, 50 were to be timed"):
         StepProbe(engine, seed=0).measure([[StepSpan(1, 16, 50)]])
 
 

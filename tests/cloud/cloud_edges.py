@@ -23,7 +23,7 @@ from isthmus.cloud.server import SESSION_PATH, SUBPROTOCOL, CloudServer, bind
 from isthmus.protocol.activations import RowCodec, RowFormat
 from isthmus.protocol.edge_connection import EdgeConnection
 from isthmus.protocol.edge_session import EdgeSession
-from isthmus.protocol.events import EdgeEvent, SessionClosed, SessionFailed
+from isthmus.protocol.events import EdgeEvent, RttMeasured, SessionClosed, SessionFailed
 from isthmus.protocol.identity import ModelIdentity
 from isthmus.protocol.limits import Limits
 from isthmus.protocol.messages import Hello, Open
@@ -152,9 +152,7 @@ class Edge:
         """A ping's round trip in seconds."""
         self.core.ping(monotonic())
         await self.flush()
-        async with asyncio.timeout(30), self.arrived:
-            await self.arrived.wait_for(lambda: self.core.rtt_s is not None)
-        return self.core.rtt_s or 0.0
+        return (await self.wait(RttMeasured, timeout_s=30)).seconds
 
     async def send_rows(
         self, session: EdgeSession, rows: Any, *, final: bool, codec: RowCodec | None = None, **more: Any

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from isthmus.cloud.kv import PAGE_TOKENS, columns_for
-from isthmus.cloud.length_predictor import OutputLengths
 from isthmus.cloud.reservation import Demand, Forecaster, Reservation, peak_pages
 from isthmus.cloud.scheduler import SchedulerConfig
+from isthmus.splitter.output_lengths import OutputLengths
 from tests.cloud.cloud_scheduling import LAYERS, World, served
 
 RESERVATIONS: tuple[Reservation, ...] = ("predicted", "worst-case", "none")

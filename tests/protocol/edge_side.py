@@ -10,6 +10,7 @@ from isthmus.protocol.edge_connection import EdgeConnection
 from isthmus.protocol.edge_session import EdgeSession
 from isthmus.protocol.events import (
     EdgeEvent,
+    RttMeasured,
     Welcomed,
 )
 from isthmus.protocol.frames import Frame, MsgType, encode_frame, json_frame
@@ -88,12 +89,14 @@ def offloaded(window: int = 4) -> tuple[EdgeConnection, EdgeSession]:
 
 
 def ticks(edge: EdgeConnection, start: float, stop: float, *, answer: bool = False) -> list[EdgeEvent]:
-    """Call on_tick every 0.1 s; with `answer` the cloud's PONG comes 0.02 s later."""
+    """Call on_tick every 0.1 s; with `answer` the cloud's PONG comes 0.02 s later, and its round trip is
+    left out of the events."""
     events: list[EdgeEvent] = []
     for tenth in range(round(start * 10), round(stop * 10) + 1):
         now = tenth / 10
         events += edge.on_tick(now)
         for frame in sent(edge):
             if answer and frame.type is MsgType.PING:
-                events += feed(edge, Frame(MsgType.PONG, seq=frame.seq), now + 0.02)
+                (measured,) = feed(edge, Frame(MsgType.PONG, seq=frame.seq), now + 0.02)
+                assert isinstance(measured, RttMeasured)
     return events

@@ -12,6 +12,7 @@ from isthmus.protocol.events import (
     EdgeEvent,
     ResultRows,
     ResultTokens,
+    RttMeasured,
     SessionClosed,
     SessionFailed,
     SessionOpened,
@@ -60,6 +61,8 @@ class EdgeOwner:
                 talk.failed = True
             case ConnectionFailed():
                 assert isinstance(event.error, CloudLostError)
+            case RttMeasured():
+                assert event.seconds >= 0
             case _:
                 raise AssertionError(f"the edge reports {event}")
 

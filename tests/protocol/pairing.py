@@ -19,6 +19,7 @@ from isthmus.protocol.identity import ModelIdentity
 from isthmus.protocol.limits import Limits, TenantUsage
 from isthmus.protocol.messages import Hello, Open
 from isthmus.protocol.prefix import PrefixOffer
+from isthmus.protocol.profiles import FIGURES, DeviceProfile
 from isthmus.protocol.sampling import SamplingParams
 
 LAYERS, HIDDEN, VOCAB, CONTEXT = 4, 8, 100, 512
@@ -66,6 +67,36 @@ def rows(n: int, start: int = 0) -> NDArray[np.float32]:
 
 def encoded(n: int, start: int = 0, fmt: RowFormat = RowFormat.F32) -> Encoded:
     return RowCodec(fmt, HIDDEN).encode(rows(n, start))
+
+
+def make_profile(**changes: Any) -> DeviceProfile:
+    """Of a cloud with four layers, all of it measured, but for what is said otherwise."""
+    values: dict[str, Any] = {
+        "side": "cloud",
+        "device": "a processor",
+        "provider": "torch",
+        "threads": 2,
+        "model": "tiny",
+        "precision": "fp32",
+        "num_layers": 4,
+        "hidden": 8,
+        "dated": "2026-11-22",
+        "prefill": ((1.0, 0.001), (128.0, 0.01)),
+        "prefill_context_s": 1e-7,
+        "decode": ((0.0, 0.001), (512.0, 0.002)),
+        "layer_share": (0.9, 1.0, 1.0, 1.1),
+        "step_s": 0.0005,
+        "embed_row_s": 1e-6,
+        "head_s": 0.001,
+        "codec_row_s": 1e-5,
+        "load_s": 0.1,
+        "layer_bytes": 1000,
+        "embed_bytes": 2000,
+        "head_bytes": 0,
+        "scratch_bytes": 500,
+        "labels": dict.fromkeys(FIGURES, "measured"),
+    }
+    return DeviceProfile(**{**values, **changes})
 
 
 @dataclass

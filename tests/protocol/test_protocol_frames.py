@@ -73,11 +73,11 @@ def test_header_is_pinned_byte_for_byte() -> None:
 def test_enum_numbers_are_pinned() -> None:
     names = (
         "HELLO WELCOME REJECT OPEN OPENED STEP VERIFY RESULT STREAM CREDIT CANCEL CLOSE CLOSED RESUME RESUMED"
-        " STATUS GOAWAY ERROR CANARY CANARY_RESULT PING PONG"
+        " STATUS GOAWAY ERROR CANARY CANARY_RESULT PING PONG PROBE PROBE_REPLY"
     )
     assert {t.name: int(t) for t in MsgType} == {name: i for i, name in enumerate(names.split(), 1)}
     assert {d.name: int(d) for d in Dtype} == {
-        "NONE": 0, "F32": 1, "BF16": 2, "INT8": 3, "TOKEN_IDS": 4, "JSON": 5,
+        "NONE": 0, "F32": 1, "BF16": 2, "INT8": 3, "TOKEN_IDS": 4, "JSON": 5, "PADDING": 6,
     }  # fmt: skip
     assert {c.name: int(c) for c in Codec} == {"NONE": 0, "ZSTD": 1}
     assert {f.name: int(f) for f in Flag} == {"TRUNCATE": 1, "FINAL": 2, "ALL_ROWS": 4}
@@ -99,8 +99,8 @@ def legal_frames(draw: st.DrawFn) -> Frame:
     n_tok = prefix = 0
     if dtype is Dtype.NONE:
         body = b""
-    elif dtype is Dtype.JSON:
-        body = draw(st.binary(min_size=1, max_size=40))
+    elif dtype in (Dtype.JSON, Dtype.PADDING):
+        body = draw(st.binary(min_size=int(dtype is Dtype.JSON), max_size=40))
     else:
         n_tok = draw(st.integers(1, 5))
         units = 1 if dtype is Dtype.TOKEN_IDS else draw(st.integers(1, 5))
@@ -176,9 +176,9 @@ BAD_HEADERS = {
     "older version": (forge(version=0), "bad_version"),
     "future version": (forge(version=2), "bad_version"),
     "type 0": (forge(type=0), "unknown_message_type"),
-    "type 23": (forge(type=23), "unknown_message_type"),
+    "type 25": (forge(type=25), "unknown_message_type"),
     "type 255": (forge(type=255), "unknown_message_type"),
-    "dtype 6": (forge(dtype=6), "unknown_dtype"),
+    "dtype 7": (forge(dtype=7), "unknown_dtype"),
     "codec 2": (forge(codec=2), "unknown_codec"),
     "flags on OPEN": (forge(flags=1), "bad_flags"),
     "session message on stream 0": (forge(stream=0), "bad_stream"),
@@ -196,6 +196,13 @@ BAD_HEADERS = {
     "empty JSON": (forge(b""), "bad_length"),
     "PING with a body": (forge(type=MsgType.PING, stream=0, dtype=Dtype.NONE), "bad_length"),
     "PING with rows": (forge(b"", type=MsgType.PING, stream=0, dtype=Dtype.NONE, n_tok=1), "bad_rows"),
+    "PROBE with rows": (forge(type=MsgType.PROBE, stream=0, dtype=Dtype.PADDING, n_tok=1), "bad_rows"),
+    "PROBE of a session": (forge(type=MsgType.PROBE, dtype=Dtype.PADDING), "bad_stream"),
+    "compressed padding": (
+        forge(type=MsgType.PROBE, stream=0, dtype=Dtype.PADDING, codec=1, raw_len=9),
+        "bad_codec",
+    ),
+    "padding in OPEN": (forge(dtype=Dtype.PADDING), "bad_dtype"),
     "compressed JSON": (forge(codec=1, raw_len=5), "bad_codec"),
     "compressed ids": (forge_step(dtype=Dtype.TOKEN_IDS, codec=1, raw_len=9), "bad_codec"),
     "compression that expands": (forge_step(codec=1, raw_len=8), "bad_length"),

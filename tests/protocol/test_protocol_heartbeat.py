@@ -11,10 +11,12 @@ from isthmus.protocol.errors import (
 from isthmus.protocol.events import (
     ConnectionFailed,
     EdgeEvent,
+    RttMeasured,
     SessionFailed,
     SessionOpened,
 )
 from isthmus.protocol.frames import Frame, MsgType
+from isthmus.protocol.pings import MAX_PINGS
 from isthmus.protocol.states import EdgeState
 from tests.protocol.edge_side import feed, sent, started, ticks, welcomed
 from tests.protocol.pairing import (
@@ -40,17 +42,16 @@ def test_silent_handshake_times_out() -> None:
 
 def test_pings_every_second_and_measures_the_round_trip() -> None:
     edge = welcomed()
-    assert edge.rtt_s is None
-    assert ticks(edge, 0.0, 10.0, answer=True) == []
-    assert edge._num_pings in (10, 11)
-    assert edge.rtt_s == pytest.approx(0.02)
-    assert edge.rtt_min_s == pytest.approx(0.02)
-    edge.ping(20.0)
-    assert feed(edge, Frame(MsgType.PONG, seq=edge._num_pings), 20.1) == []
-    assert edge.rtt_s == pytest.approx(0.02 + 0.08 / 8)
-    assert edge.rtt_min_s == pytest.approx(0.02)
-    assert feed(edge, Frame(MsgType.PONG, seq=edge._num_pings), 99.0) == []  # an old answer measures nothing
-    assert edge.rtt_s == pytest.approx(0.03)
+    pings = []
+    for tenth in range(101):
+        assert edge.on_tick(tenth / 10) == []
+        for ping in sent(edge):
+            pings.append(ping.seq)
+            (measured,) = feed(edge, Frame(MsgType.PONG, seq=ping.seq), tenth / 10 + 0.02)
+            assert isinstance(measured, RttMeasured)
+            assert measured.seconds == pytest.approx(0.02)
+    assert pings in (list(range(1, 11)), list(range(1, 12)))
+    assert feed(edge, Frame(MsgType.PONG, seq=pings[-1]), 99.0) == []  # an old answer measures nothing
 
 
 def test_one_pong_answers_all_older_pings() -> None:
@@ -58,18 +59,17 @@ def test_one_pong_answers_all_older_pings() -> None:
     for now in (1.0, 2.0, 3.0):
         edge.ping(now)
     assert [f.seq for f in sent(edge)] == [3]  # newer pings replace unsent ones
-    feed(edge, Frame(MsgType.PONG, seq=2), 3.0)
-    assert edge.rtt_s == pytest.approx(1.0)
-    feed(edge, Frame(MsgType.PONG, seq=1), 4.0)
-    assert edge.rtt_s == pytest.approx(1.0)
-    assert edge._pings == {3: 3.0}
+    assert feed(edge, Frame(MsgType.PONG, seq=2), 3.0) == [RttMeasured(1.0)]
+    assert feed(edge, Frame(MsgType.PONG, seq=1), 4.0) == []
+    assert feed(edge, Frame(MsgType.PONG, seq=3), 4.0) == [RttMeasured(1.0)]
 
 
 def test_unanswered_pings_are_not_kept_for_ever() -> None:
     edge = welcomed()
     for number in range(1000):
         edge.ping(float(number))
-    assert len(edge._pings) == 64
+    assert feed(edge, Frame(MsgType.PONG, seq=1000 - MAX_PINGS), 1000.0) == []
+    assert feed(edge, Frame(MsgType.PONG, seq=1000 - MAX_PINGS + 1), 1000.0) == [RttMeasured(MAX_PINGS)]
 
 
 def test_dead_cloud_is_found_within_three_seconds_of_its_last_byte() -> None:

@@ -28,11 +28,11 @@ from isthmus.protocol.limits import Limits, TenantUsage
 from isthmus.protocol.messages import (
     Cancel,
     Load,
-    Message,
     Open,
 )
 from isthmus.protocol.sampling import SamplingParams
 from isthmus.protocol.states import EdgeState
+from isthmus.protocol.wire_types import Message
 from tests.protocol.cloud_side import (
     active,
     feed,

@@ -112,3 +112,10 @@ def test_resumes_and_tokens_have_their_own_quota() -> None:
     assert usage.reserve_tokens(50, 0.0) == 0  # ten seconds' worth
     assert usage.reserve_tokens(5, 0.0) == pytest.approx(1.0)
     assert TenantUsage.from_limits(Limits()).reserve_tokens(10**6, 0.0) == 0
+
+
+def test_several_are_taken_at_once_or_none() -> None:
+    bucket = TokenBucket(10.0, 20.0)
+    assert bucket.take(0.0, 15) == 0
+    assert bucket.take(0.0, 15) == pytest.approx(1.0)
+    assert bucket.take(0.0, 5) == 0

@@ -23,7 +23,6 @@ from isthmus.protocol.messages import (
     GoAway,
     Hello,
     Load,
-    Message,
     Open,
     Opened,
     Reject,
@@ -34,6 +33,7 @@ from isthmus.protocol.messages import (
     StreamBody,
     Welcome,
 )
+from isthmus.protocol.wire_types import Message
 from tests.protocol.pairing import HELLO, IDENTITY, INFO, LIMITS, SESSION_ID, make_open, offer
 
 WELCOME = answer_hello(HELLO, INFO, LIMITS, Load(), (2,))
@@ -53,10 +53,10 @@ GOLDEN: list[tuple[MsgType, BaseModel, str]] = [
         f'{{"version":1,"identity":{IDENTITY_JSON},"match":"equal","cloud_precision":"fp32",'
         '"limits":{"max_message_bytes":8388608,"max_control_bytes":262144,"max_rows_per_step":512,'
         '"max_tokens_per_session":8192,"max_sessions":64,"initial_credits_rows":2048,'
-        '"stream_window_tokens":256,"heartbeat_s":1.0,"dead_after_s":2.3},"server":"","num_layers":4,'
+        '"stream_window_tokens":256,"heartbeat_s":1.0,"dead_after_s":2.3,"max_probe_bytes":262144},"server":"","num_layers":4,'
         '"hidden":8,"vocab_size":100,"context_length":512,"row_formats":["f32","bf16","int8o"],"kl":{},'
-        '"profile":{},"load":{"queue":0,"running":0,"kv_total_pages":0,"kv_free_pages":0,'
-        '"kv_cached_pages":0,"rows_computed":0},"canary_passed":[2]}',
+        '"profile":null,"prices":null,"load":{"queue":0,"running":0,"kv_total_pages":0,"kv_free_pages":0,'
+        '"kv_cached_pages":0,"rows_computed":0,"step_s":0.0,"queue_s":0.0},"canary_passed":[2]}',
     ),
     (
         MsgType.REJECT,

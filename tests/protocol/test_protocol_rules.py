@@ -10,6 +10,7 @@ from isthmus.protocol.errors import CloudLostError, IsthmusError
 from isthmus.protocol.events import (
     ConnectionFailed,
     ResultTokens,
+    RttMeasured,
     SessionFailed,
     SessionOpened,
     SessionOpenRequested,
@@ -207,7 +208,7 @@ def test_rule_6_heartbeat_finds_a_dead_cloud_within_3_s_while_compute_goes_on() 
         assert pair.cloud.on_tick(pair.now) == []
         pair.pump()
     assert 1 in pair.edge.sessions
-    assert pair.edge.rtt_s == 0.0
+    assert RttMeasured(0.0) in pair.edge_events
     died = pair.now
     events: list[Any] = []
     while not events:

@@ -156,7 +156,7 @@ def result_line(seq: int, first: int, tokens: list[int], pos: int, finish: Finis
     return Line(
         control(
             MsgType.RESULT,
-            f'{{"first_index":{first},"tokens":[{text}],"logprobs":null,"top":null,"finish":{end}}}',
+            f'{{"first_index":{first},"tokens":[{text}],"logprobs":null,"top":null,"finish":{end},"cloud_us":0}}',
             seq=seq,
             pos=pos,
         ),
@@ -171,7 +171,7 @@ def stream_line(first: int, tokens: list[int], pos: int, finish: str | None = No
     return Line(
         control(
             MsgType.STREAM,
-            f'{{"first_index":{first},"tokens":[{text}],"logprobs":null,"top":null,"finish":{end}}}',
+            f'{{"first_index":{first},"tokens":[{text}],"logprobs":null,"top":null,"finish":{end},"cloud_us":0}}',
             seq=1,
             pos=pos,
         ),

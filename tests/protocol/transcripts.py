@@ -13,15 +13,17 @@ from isthmus.protocol.events import (
     CloseRequested,
     CreditGranted,
     GoingAway,
+    ProbeDone,
     ResultRows,
     ResultTokens,
+    RttMeasured,
     SessionClosed,
     SessionOpened,
     SessionOpenRequested,
     StatusReceived,
     StreamWindow,
 )
-from isthmus.protocol.frames import Flag, Frame, MsgType
+from isthmus.protocol.frames import Dtype, Flag, Frame, MsgType
 from isthmus.protocol.limits import Limits
 from isthmus.protocol.messages import CanaryResult, Close, Closed, GoAway, Load, Opened, Status
 from tests.protocol.pairing import SESSION_ID, encoded, make_open, offer, rows
@@ -74,7 +76,7 @@ PREFIX = (
     Line(
         control(
             MsgType.RESULT,
-            '{"first_index":0,"tokens":[42],"logprobs":null,"top":null,"finish":null}',
+            '{"first_index":0,"tokens":[42],"logprobs":null,"top":null,"finish":null,"cloud_us":0}',
             seq=2,
             pos=4,
         ),
@@ -89,13 +91,14 @@ PREFIX = (
     Line(
         control(
             MsgType.RESULT,
-            '{"first_index":1,"tokens":[43],"logprobs":[-0.5],"top":[[[43,-0.5],[7,-1.5]]],"finish":"stop"}',
+            '{"first_index":1,"tokens":[43],"logprobs":[-0.5],"top":[[[43,-0.5],[7,-1.5]]],"finish":"stop",'
+            '"cloud_us":1500}',
             seq=3,
             pos=5,
         ),
-        (ResultTokens(1, 3, 5, 1, (43,), (-0.5,), (((43, -0.5), (7, -1.5)),), "stop"),),
+        (ResultTokens(1, 3, 5, 1, (43,), (-0.5,), (((43, -0.5), (7, -1.5)),), "stop", 1500),),
         cloud=lambda c: c.result_tokens(
-            1, [43], kv_len=5, logprobs=[-0.5], top=[((43, -0.5), (7, -1.5))], finish="stop"
+            1, [43], kv_len=5, logprobs=[-0.5], top=[((43, -0.5), (7, -1.5))], finish="stop", cloud_us=1500
         ),
     ),
     Line(
@@ -254,7 +257,7 @@ OFFLOAD = (
     Line(
         control(
             MsgType.RESULT,
-            '{"first_index":0,"tokens":[10],"logprobs":null,"top":null,"finish":null}',
+            '{"first_index":0,"tokens":[10],"logprobs":null,"top":null,"finish":null,"cloud_us":0}',
             seq=1,
             pos=4,
         ),
@@ -312,17 +315,31 @@ OFFER = (
 # ---- beside the sessions: ping, load, canary, drain, refusal
 
 CANARY_FRAME = tensor(MsgType.CANARY, encoded(2), 2, seq=1, pos=2, stream=0)
-LOAD = Load(queue=1, running=2, kv_total_pages=10, kv_free_pages=7, kv_cached_pages=1, rows_computed=99)
+LOAD = Load(
+    queue=1,
+    running=2,
+    kv_total_pages=10,
+    kv_free_pages=7,
+    kv_cached_pages=1,
+    rows_computed=99,
+    step_s=0.004,
+    queue_s=1.5,
+)
+PADDING = bytes.fromhex("0b642d3885")
+PROBE_FRAME = Frame(MsgType.PROBE, seq=1, pos=5, dtype=Dtype.PADDING, raw_len=3, body=PADDING[:3])
+REPLY_FRAME = Frame(MsgType.PROBE_REPLY, seq=1, dtype=Dtype.PADDING, raw_len=5, body=PADDING)
 VERDICT = CanaryResult(split=2, ok=True, error=0.01, tolerance=0.1)
 
 BESIDE = (
     Line(Frame(MsgType.PING, seq=1), edge=lambda e: e.ping(0.0)),
-    Line(Frame(MsgType.PONG, seq=1), by="cloud"),
+    Line(Frame(MsgType.PONG, seq=1), (RttMeasured(0.0),), by="cloud"),
+    Line(PROBE_FRAME, edge=lambda e: e.probe(3, 5, 0.0)),
+    Line(REPLY_FRAME, (ProbeDone(1, 3, 5, 0.0),), by="cloud"),
     Line(
         control(
             MsgType.STATUS,
             '{"load":{"queue":1,"running":2,"kv_total_pages":10,"kv_free_pages":7,"kv_cached_pages":1,'
-            '"rows_computed":99},"echo":1,"received":512}',
+            '"rows_computed":99,"step_s":0.004,"queue_s":1.5},"echo":1,"received":512}',
             stream=0,
             epoch=0,
         ),

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from isthmus.splitter.machine import cpu_name
+
 
 @dataclass
 class Report:
@@ -43,18 +45,8 @@ def spread(samples: Sequence[float]) -> dict[str, float]:
 
 def machine() -> dict[str, Any]:
     """Which machine the figures are from."""
-    name = ""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                name = line.partition(":")[2].strip()
-                break
-    except OSError:
-        import platform
-
-        name = platform.processor()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"cpu": name, "cores": cores, "gpu": _gpu()}
+    return {"cpu": cpu_name(), "cores": cores, "gpu": _gpu()}
 
 
 def _gpu() -> str | None:

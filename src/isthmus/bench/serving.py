@@ -20,6 +20,7 @@ from isthmus.bench.step_model import FitError, StepModel, StepSpan, fit, fit_err
 from isthmus.bench.step_probe import StepProbe
 from isthmus.bench.workload import Clients, Workload, draw_window, draw_workload, read_trace
 from isthmus.cloud.scheduler import SchedulerConfig
+from isthmus.cloud.step_timer import WHOLE_STEPS
 from isthmus.protocol.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -240,9 +241,7 @@ def measure_cloud(model: str, *, precision: str, threads: int | None, seed: int)
     from isthmus.cloud.engine import Engine
 
     prepared = _prepare(model, precision, threads)
-    # The probe says what a step runs: the scheduler is to take all of it.
-    config = SchedulerConfig(max_rows=2**20, max_chunk_rows=2**20, reservation="none")
-    engine = Engine.over(prepared.model, prepared.num_pages, config)
+    engine = Engine.over(prepared.model, prepared.num_pages, WHOLE_STEPS)
     probe = StepProbe(engine, seed=seed)
     probe.measure(probe.grid()[:3])  # warms up
     watch = CpuWatch(torch.get_num_threads())

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from isthmus.cloud.length_predictor import OutputLengths
+from isthmus.splitter.output_lengths import OutputLengths
 
 
 def known(lengths: list[int], **options: float) -> OutputLengths:
