@@ -8,19 +8,23 @@ import ssl
 from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
+from functools import partial
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Final
 
 from isthmus.edge.canary import Canary
 from isthmus.edge.clouds import Clouds
+from isthmus.edge.constraints import MIB, RouterInputs
 from isthmus.edge.conversation import CachePool, CloudMemory
 from isthmus.edge.generate import Generation
 from isthmus.edge.history import HistoryBudget
 from isthmus.edge.jobs import Jobs
+from isthmus.edge.keeper import Keeper
 from isthmus.edge.legs import Legs, Means
 from isthmus.edge.link import CloudLink
 from isthmus.edge.placement import Counts, Placement
+from isthmus.edge.pulse import pulse
 from isthmus.edge.recovery import RecoveryConfig
 from isthmus.edge.remote import OfferContext
 from isthmus.edge.requests import (
@@ -32,8 +36,12 @@ from isthmus.edge.requests import (
     RowFormatName,
     Shape,
     Started,
+    Token,
 )
-from isthmus.edge.router import MIB, RouterInputs, decide
+from isthmus.edge.residency import Residency
+from isthmus.edge.router import decide
+from isthmus.edge.routing import KV_DTYPE_BYTES, EdgeUse, Routing, RoutingOptions
+from isthmus.edge.running import Running, StillFeasible
 from isthmus.edge.slots import Slots
 from isthmus.protocol.activations import RowFormat
 from isthmus.protocol.errors import (
@@ -55,22 +63,10 @@ if TYPE_CHECKING:
 
 CACHE_MB: Final = 512
 HISTORY_MB: Final = 64
-KV_DTYPE_BYTES: Final = 4
-
-
-@dataclass(eq=False)
-class _Running:
-    """What a running request holds: layers, whether the head, and tokens its KV may grow to."""
-
-    request: GenerateRequest
-    split: int
-    head: bool
-    tokens: int
-    placement: Placement | None = None
-
-    def use(self, decision: Decision) -> None:
-        self.split = decision.split
-        self.head = decision.route == "local" or decision.shape == "u"
+# A device that seems to have changed is looked at again at once.
+MOST_PULSES: Final = 4
+# How long a request that could also run here waits to learn about a cloud.
+LEARN_S: Final = 2.0
 
 
 class Agent:
@@ -79,7 +75,8 @@ class Agent:
     `parallel` requests run at once, `queue` more wait. `memory_mb` bounds what the model adds to an idle
     agent (weights, KV, kept caches). `min_depth`: least K for privacy `activations-only`. `row_format`
     None: f32 for an f32 pack, else int8 with outlier channels. `history_mb` bounds the rows kept of what was
-    sent, by which requests go on elsewhere; `recovery` says how long a lost cloud is looked for.
+    sent, by which requests go on elsewhere; `recovery` says how long a lost cloud is looked for. `routing`:
+    what the router predicts from, and how it weighs; without a profile it follows a simple rule.
     """
 
     def __init__(
@@ -98,6 +95,7 @@ class Agent:
         cache_mb: float = CACHE_MB,
         history_mb: float = HISTORY_MB,
         recovery: RecoveryConfig | None = None,
+        routing: RoutingOptions | None = None,
         limits: Limits | None = None,
         ssl_context: ssl.SSLContext | None = None,
     ) -> None:
@@ -105,7 +103,6 @@ class Agent:
         self.tokenizer = pack.tokenizer()
         self._provider = provider
         self._threads = threads or None
-        self._memory_bytes = int(memory_mb * MIB) if memory_mb else None
         self._min_depth = min_depth
         self._row_format: RowFormatName = row_format or ("f32" if pack.scheme == "f32" else "int8o")
         self._slots = Slots(parallel, queue)
@@ -115,7 +112,18 @@ class Agent:
         self._history = HistoryBudget(int(history_mb * MIB))
         self._offers = OfferContext(secrets.token_bytes(32), pack, CloudMemory(), self._history)
         self._recovery = recovery or RecoveryConfig()
-        self._running: list[_Running] = []
+        self._running: list[Running] = []
+        options = routing or RoutingOptions()
+        self._profile = options.profile
+        self._residency = Residency(
+            pack,
+            options.profile,
+            self._pool,
+            self._running,
+            lambda: self._runner,
+            kv_bytes=pack.spec.kv_bytes_per_token_layer(KV_DTYPE_BYTES),
+            memory_bytes=int(memory_mb * MIB) if memory_mb else None,
+        )
         self._counts = Counts()
         self._totals = {"requests": 0, "finished": 0, "failed": 0, "cancelled": 0, "tokens": 0}
         hello = Hello(
@@ -126,12 +134,23 @@ class Agent:
             client="isthmus-edge",
         )
         self._clouds = Clouds(cloud_urls, hello, api_key=api_key, limits=limits, ssl_context=ssl_context)
+        self.routing = Routing(
+            pack,
+            self._clouds,
+            self._offers.memory,
+            options,
+            min_depth=min_depth,
+            row_format=self._row_format,
+        )
+        self._keeper = Keeper(self._clouds, self._look_here, metered=options.radio.usd_per_byte > 0)
 
     # ---- life ------------------------------------------------------------------------------------
 
     async def start(self) -> None:
         """Make the runner (no layer is loaded yet; the first request that needs one loads it)."""
         self._runner = await asyncio.get_running_loop().run_in_executor(self._worker, self._make_runner)
+        if self._profile is not None:
+            self._keeper.start()
 
     def _make_runner(self) -> BlockRunner:
         from isthmus.splitter.runner import BlockRunner
@@ -140,6 +159,7 @@ class Agent:
 
     async def aclose(self) -> None:
         """Close the links and the caches. Running requests fail; close their iterators first."""
+        await self._keeper.aclose()
         await self._clouds.aclose()
         self._worker.submit(self._pool.clear)
         await asyncio.to_thread(self._worker.shutdown)
@@ -167,6 +187,7 @@ class Agent:
             "history_bytes": self._history.nbytes,
             **asdict(self._counts),
             "clouds": self._clouds.stats(),
+            "router": self.routing.stats(),
         }
 
     # ---- requests --------------------------------------------------------------------------------
@@ -175,15 +196,18 @@ class Agent:
         """Started, then Tokens, then Finished; or an IsthmusError. Closing the iterator cancels both
         halves and frees the cloud's pages."""
         self._check(request)
+        self._keeper.in_use()
         self._totals["requests"] += 1
         outcome = "cancelled"
         try:
             async with self._slots.take(request.priority):
                 started_s = perf_counter()
-                decision, link = await self._route(request)
-                running = _Running(request, 0, False, len(request.prompt_ids) + request.max_tokens)
+                inputs, decision, link = await self._route(request)
+                running = Running(request, 0, False, len(request.prompt_ids) + request.max_tokens)
                 running.use(decision)
                 self._running.append(running)
+                self.routing.begin(request, inputs, decision)
+                self._residency.consider(inputs)
                 try:
                     yield Started(
                         request.request_id, decision, decision.route, decision.split, decision.shape
@@ -192,11 +216,14 @@ class Agent:
                     async with aclosing(generation.run(decision, link)) as events:
                         async for event in events:
                             if isinstance(event, Finished):
-                                outcome = "finished"
+                                outcome, running.finished = "finished", event
                                 self._totals["tokens"] += len(event.token_ids)
+                            elif isinstance(event, Token):
+                                running.num_out += 1
                             yield event
                 finally:
                     self._running.remove(running)
+                    self.routing.end(request, inputs, decision, running.finished, num_out=running.num_out)
         except IsthmusError:
             outcome = "failed"
             raise
@@ -208,6 +235,18 @@ class Agent:
         self._check(request)
         return decide(self._inputs(request))
 
+    async def route(self, request: GenerateRequest) -> Decision:
+        """The decision as `generate` would take it: clouds are connected to where that is due, nothing is
+        run."""
+        self._check(request)
+        self._keeper.in_use()
+        return (await self._route(request))[1]
+
+    async def warm(self, timeout_s: float = LEARN_S) -> None:
+        """Learn about the clouds, and the links to them, for `timeout_s` at most."""
+        self._keeper.in_use()
+        await self._keeper.warm(timeout_s)
+
     async def move(
         self, request_id: str, *, route: RouteAsk, split: int | None = None, shape: Shape | None = None
     ) -> Decision:
@@ -218,11 +257,25 @@ class Agent:
         if running is None or running.placement is None:
             raise NotFoundError(f"no request {request_id!r} is running", code="unknown_request")
         wish = replace(running.request, route=route, split=split, shape=shape)
-        decision, link = await self._route(wish, running)
+        _, decision, link = await self._route(wish, running)
         if running.placement is None:
             raise NotFoundError(f"the request {request_id!r} has ended", code="request_ended")
         await running.placement.move(decision, link)
         return decision
+
+    async def _look_here(self) -> None:
+        """See how fast this device is now, unless requests show that, and load what would be of use."""
+        runner, profile, jobs = self._runner, self._profile, Jobs(self._worker)
+        if runner is None or profile is None:
+            return
+        for _ in range(MOST_PULSES):
+            if self._slots.running or not self.routing.learning:
+                break
+            seen = await jobs.submit(partial(pulse, runner, profile))
+            if seen is None or self._slots.running or not self.routing.calibrator.note_pulse(*seen):
+                break  # as expected: once is enough
+        while not self._slots.running and await jobs.submit(self._residency.load_next):
+            pass
 
     def _check(self, request: GenerateRequest) -> None:
         """RequestError for what the model cannot do."""
@@ -242,67 +295,51 @@ class Agent:
     # ---- routing ---------------------------------------------------------------------------------
 
     def _inputs(
-        self, request: GenerateRequest, running: _Running | None = None, *, link: CloudLink | None = None
+        self, request: GenerateRequest, running: Running | None = None, *, link: CloudLink | None = None
     ) -> RouterInputs:
         """`running`: the request itself, where it runs already; `link`: look at this cloud alone."""
-        spec, blocks = self.pack.spec, self.pack.bytes_per_block
-        if link is None:
-            by_name = request.route in ("split", "offload")
-            state, detail, welcome = self._clouds.best_state(by_name=by_name)
-        else:
-            state, detail, welcome = link.state, link.detail, link.welcome
-        context = None
-        if welcome is not None:
-            context = min(welcome.context_length, welcome.limits.max_tokens_per_session)
-        memory = self._memory_bytes
-        return RouterInputs(
-            num_layers=spec.num_layers,
-            layer_bytes=tuple(blocks[1:-1]),
-            embed_bytes=blocks[0],
-            head_bytes=blocks[-1],
-            kv_bytes=spec.kv_bytes_per_token_layer(KV_DTYPE_BYTES),
-            tokens=len(request.prompt_ids) + request.max_tokens,
-            memory_bytes=None if memory is None else memory - self._kv_in_use(without=running),
-            min_depth=self._min_depth,
-            cloud_state=state,
-            cloud_detail=detail,
-            cloud_context=context,
-            route=request.route,
-            split=request.split,
-            shape=request.shape,
-            privacy=request.privacy,
-        )
+        residency = self._residency
+        memory = residency.memory_bytes
+        if memory is not None:
+            memory -= residency.kv_in_use(without=running)
+        state = residency.state(without=running)
+        cached = self._pool.shared(request.prompt_ids)
+        return self.routing.inputs(request, EdgeUse(memory, state, cached), link=link)
 
     async def _route(
-        self, request: GenerateRequest, running: _Running | None = None
-    ) -> tuple[Decision, CloudLink | None]:
-        """The decision, and a connected link if it needs one. Where the cloud turns out not to be there,
-        `auto` decides once more, knowing that."""
+        self, request: GenerateRequest, running: Running | None = None
+    ) -> tuple[RouterInputs, Decision, CloudLink | None]:
+        """The decision, what it was taken from, and a connected link if it needs one. Where the cloud turns
+        out not to be there, `auto` decides once more, knowing that."""
+        inputs = self._inputs(request, running)
         try:
-            decision = decide(self._inputs(request, running))
+            decision = decide(inputs)
         except RouteInfeasibleError as error:
-            hopeless = request.route != "auto" or request.privacy == "local-only"
+            wrong = error.code == "bad_split"  # with any cloud
+            hopeless = wrong or request.route != "auto" or request.privacy == "local-only"
             if not hopeless and (fresh := self._clouds.fresh_failure()) is not None:
                 raise fresh from error  # with the cloud there would have been a way: that is the trouble
             raise
         if decision.route == "local":
-            return decision, None
+            return inputs, decision, None
         try:
             link = await self._clouds.reach()
         except (CloudUnreachableError, RejectedError) as error:
             if request.route != "auto":
                 raise
+            inputs = self._inputs(request, running)
             try:
-                return decide(self._inputs(request, running)), None
+                return inputs, decide(inputs), None
             except RouteInfeasibleError:
                 raise error from None
-        # Now the cloud's limits are known: the same rule once more, with them.
-        decision = decide(self._inputs(request, running))
-        return decision, None if decision.route == "local" else link
+        # Now the cloud's limits are known: the same once more, with them.
+        inputs = self._inputs(request, running)
+        decision = decide(inputs)
+        return inputs, decision, None if decision.route == "local" else link
 
     # ---- one generation --------------------------------------------------------------------------
 
-    def _generation(self, running: _Running, started_s: float) -> Generation:
+    def _generation(self, running: Running, started_s: float) -> Generation:
         assert self._runner is not None, "start() first"
         request = running.request
         events: list[dict[str, Any]] = []
@@ -313,7 +350,7 @@ class Agent:
             self._offers,
             Canary(self._runner, self._worker),
             self._row_format,
-            self._make_room,
+            self._residency.make_room,
         )
         legs = Legs(
             means,
@@ -327,7 +364,7 @@ class Agent:
             request,
             legs,
             self._clouds,
-            _Feasibility(self, running),
+            StillFeasible(self._inputs, running),
             self._recovery,
             ids=ids,
             events=events,
@@ -341,44 +378,3 @@ class Agent:
             events=events,
             started_s=started_s,
         )
-
-    def _kv_in_use(self, *, without: _Running | None = None) -> int:
-        """Bytes to which the KV of the running requests may grow."""
-        per_layer = self.pack.spec.kv_bytes_per_token_layer(KV_DTYPE_BYTES)
-        return sum(per_layer * one.split * one.tokens for one in self._running if one is not without)
-
-    def _make_room(self) -> None:
-        """Under a memory limit: drop the blocks that no running request uses, and kept caches until what
-        the running ones need fits. In the worker."""
-        if self._memory_bytes is None or self._runner is None:
-            return
-        uses = list(self._running)
-        deepest = max((use.split for use in uses), default=0)
-        head = any(use.head for use in uses)
-        self._runner.unload(range(deepest, self.pack.spec.num_layers), embed=deepest == 0, head=not head)
-        blocks = self.pack.bytes_per_block
-        weights = blocks[0] + sum(blocks[1 : 1 + deepest]) + (blocks[-1] if head else 0)
-        self._pool.evict(max(0, self._memory_bytes - weights - self._kv_in_use()))
-
-
-class _Feasibility:
-    """The router's hard constraints, for a request that runs already."""
-
-    def __init__(self, agent: Agent, running: _Running) -> None:
-        self._agent = agent
-        self._running = running
-
-    def local(self) -> Decision | None:
-        """The decision to go on on this device, if that is possible."""
-        wish = replace(self._running.request, route="local", split=None, shape=None)
-        try:
-            return decide(self._agent._inputs(wish, self._running))
-        except RouteInfeasibleError:
-            return None
-
-    def check(self, decision: Decision, link: CloudLink) -> None:
-        """RouteInfeasibleError where `decision` cannot be taken at this cloud."""
-        split = decision.split if decision.route == "split" else None
-        shape = decision.shape if decision.route == "split" else None
-        wish = replace(self._running.request, route=decision.route, split=split, shape=shape)
-        decide(self._agent._inputs(wish, self._running, link=link))

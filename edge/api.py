@@ -18,12 +18,13 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from isthmus.edge.agent import Agent
-from isthmus.edge.api_errors import BodyTooLargeError, add_error_handlers
-from isthmus.edge.api_models import Ask, ChatRequest, CompletionRequest, parse_body
+from isthmus.edge.api_errors import BodyTooLargeError, FieldError, add_error_handlers
+from isthmus.edge.api_models import Ask, ChatRequest, CompletionRequest, parse_body, parse_either
 from isthmus.edge.chat import ChatTemplate
 from isthmus.edge.guard import Guard
 from isthmus.edge.merge import merge
 from isthmus.edge.replies import Reply, chat_dialect, completion_dialect
+from isthmus.edge.requests import GenerateRequest
 from isthmus.protocol.errors import NotFoundError
 from isthmus.protocol.keys import KeyFile
 
@@ -145,6 +146,7 @@ class Api:
         return [
             Route("/v1/chat/completions", self.chat, methods=["POST"]),
             Route("/v1/completions", self.completions, methods=["POST"]),
+            Route("/v1/route", self.route, methods=["POST"]),
             Route("/v1/models", self.models, methods=["GET"]),
             Route("/v1/models/{name:path}", self.one_model, methods=["GET"]),
             Route("/v1/stats", self.stats, methods=["GET"]),
@@ -153,35 +155,59 @@ class Api:
         ]
 
     async def chat(self, request: Request) -> Response:
-        body = parse_body(ChatRequest, await read_body(request))
-        self.model.check(body.model)
-        # Off the event loop: megabytes of text take long to tokenise, and the other requests go on.
-        messages = [message.plain() for message in body.messages]
-        ids = await run_in_threadpool(self.model.template.encode, messages)
-        return await self._answer(request, body, ids)
+        return await self._answer(request, parse_body(ChatRequest, await read_body(request)))
 
     async def completions(self, request: Request) -> Response:
-        body = parse_body(CompletionRequest, await read_body(request))
+        return await self._answer(request, parse_body(CompletionRequest, await read_body(request)))
+
+    async def route(self, request: Request) -> Response:
+        """The decision about a request, which is not run."""
+        body = parse_either(await read_body(request))
+        for name, asked in (("stream", body.stream), ("n", (body.n or 1) > 1)):
+            if asked:
+                raise FieldError(f"{name} is not honoured here: there is one decision", param=name)
+        one, *_ = await self._requests(body)
+        decision = await unless_client_leaves(request, self.model.agent.route(one))
+        answer = {
+            "route": decision.route,
+            "split": decision.split,
+            "shape": decision.shape,
+            "reason": decision.reason,
+            "decision": decision.to_dict(),
+            "request": {"prompt_tokens": len(one.prompt_ids), "max_tokens": one.max_tokens},
+        }
+        return JSONResponse(answer, headers={"x-isthmus-route": decision.route})
+
+    async def _requests(self, body: ChatRequest | CompletionRequest) -> list[GenerateRequest]:
+        """What the body asks of the agent, one request per choice."""
         self.model.check(body.model)
-        if isinstance(body.prompt, str):
-            ids = await run_in_threadpool(self.model.template.encode_raw, body.prompt)
+        # Off the event loop: megabytes of text take long to tokenise, and the other requests go on.
+        template = self.model.template
+        if isinstance(body, ChatRequest):
+            ids = await run_in_threadpool(template.encode, [message.plain() for message in body.messages])
+        elif isinstance(body.prompt, str):
+            ids = await run_in_threadpool(template.encode_raw, body.prompt)
         else:
             ids = body.prompt
-        return await self._answer(request, body, ids)
-
-    async def _answer(
-        self, request: Request, body: ChatRequest | CompletionRequest, ids: list[int]
-    ) -> Response:
         spec = self.model.agent.pack.spec
-        requests = body.to_requests(
+        return body.to_requests(
             ids,
             defaults=self.model.defaults,
             end_ids=spec.eos_ids,
             context=spec.context_length,
             ask=self.model.ask,
         )
+
+    async def _answer(self, request: Request, body: ChatRequest | CompletionRequest) -> Response:
+        requests = await self._requests(body)
         dialect = chat_dialect if isinstance(body, ChatRequest) else completion_dialect
-        reply = Reply(dialect, self.model.name, self.model.template.tokenizer, requests)
+        reply = Reply(
+            dialect,
+            self.model.name,
+            self.model.template.tokenizer,
+            requests,
+            explain=body.wants_explanation(),
+        )
         events = merge(self.model.agent, requests)
         if not body.stream:
             async with aclosing(events):

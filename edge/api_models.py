@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from isthmus.edge.advice import sampling_params
 from isthmus.edge.api_errors import FieldError
-from isthmus.edge.requests import Fallback, GenerateRequest, Privacy, RouteAsk, RowFormatName, Shape
+from isthmus.edge.requests import Fallback, GenerateRequest, Privacy, RouteAsk, RowFormatName, Shape, Slo
 from isthmus.protocol.messages import MAX_PRIORITY
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -52,6 +52,19 @@ class TextFormat(_Closed):
     type: Literal["text"]
 
 
+class SloAsk(_Closed):
+    """What is expected: the first token within `ttft_s` seconds, then at least `tokens_per_s`."""
+
+    ttft_s: Finite | None = Field(default=None, gt=0)
+    tokens_per_s: Finite | None = Field(default=None, gt=0)
+
+    def over(self, default: SloAsk) -> SloAsk:
+        """This, and where it says nothing, the default."""
+        return SloAsk(
+            ttft_s=self.ttft_s or default.ttft_s, tokens_per_s=self.tokens_per_s or default.tokens_per_s
+        )
+
+
 class Ask(_Closed):
     """How a request may run: what the agent was started with, and the part of it a request may say."""
 
@@ -60,6 +73,8 @@ class Ask(_Closed):
     shape: Shape | None = None
     codec: RowFormatName | None = None
     fallback: Fallback | None = None
+    slo: SloAsk | None = None
+    max_cost_usd: Finite | None = Field(default=None, ge=0)
 
     def over(self, default: Ask) -> Ask:
         """This, and where it says nothing, the default; but a K or route asked here is not bound to the
@@ -74,14 +89,22 @@ class Ask(_Closed):
             shape=self.shape or default.shape,
             codec=self.codec or default.codec,
             fallback=self.fallback or default.fallback,
+            slo=(self.slo or SloAsk()).over(default.slo or SloAsk()),
+            max_cost_usd=default.max_cost_usd if self.max_cost_usd is None else self.max_cost_usd,
         )
+
+    def expected(self) -> Slo:
+        """`slo`, as a GenerateRequest has it."""
+        slo = self.slo or SloAsk()
+        return Slo(slo.ttft_s, slo.tokens_per_s)
 
 
 class Extension(Ask):
-    """The `isthmus` object of a request."""
+    """The `isthmus` object of a request. `explain`: the reply's decision lists every candidate."""
 
     privacy: Privacy = "any"
     priority: int = Field(default=0, ge=-MAX_PRIORITY, le=MAX_PRIORITY)
+    explain: bool = False
 
 
 class _Generation(_Closed):
@@ -112,6 +135,10 @@ class _Generation(_Closed):
     def wants_usage(self) -> bool:
         """Does a stream end with the usage?"""
         return self.stream_options is not None and self.stream_options.include_usage
+
+    def wants_explanation(self) -> bool:
+        """Shall the reply's decision list every candidate?"""
+        return self.isthmus is not None and self.isthmus.explain
 
     def wanted_tokens(self) -> int | None:
         """The most tokens asked for; None: as many as fit."""
@@ -163,6 +190,8 @@ class _Generation(_Closed):
                 row_format=how.codec,
                 fallback=how.fallback or "any",
                 priority=extension.priority,
+                slo=how.expected(),
+                max_cost_usd=how.max_cost_usd,
             )
             for choice in range(self.n or 1)
         ]
@@ -206,6 +235,29 @@ class CompletionRequest(_Generation):
 
 
 T = TypeVar("T", bound=_Generation)
+
+
+class _Kind(BaseModel):
+    """Which of the two a body is; the rest of it is not looked at."""
+
+    messages: Any = None
+    prompt: Any = None
+
+
+def parse_either(body: bytes) -> ChatRequest | CompletionRequest:
+    """The body as that of a chat or a completion, by which of `messages` and `prompt` it has. FieldError as
+    `parse_body`, and for a body with neither."""
+    try:
+        said = _Kind.model_validate_json(body).model_fields_set
+    except ValidationError as error:
+        raise _field_error(ChatRequest, error) from error
+    if not said:
+        raise FieldError(
+            "the body has neither messages nor prompt",
+            param="messages",
+            hint="send the body of a chat or of a completion",
+        )
+    return parse_body(ChatRequest, body) if "messages" in said else parse_body(CompletionRequest, body)
 
 
 def parse_body(kind: type[T], body: bytes) -> T:

@@ -11,7 +11,7 @@ from typing import Any
 from isthmus.edge.link import CloudLink, check_url
 from isthmus.protocol.errors import CloudUnreachableError, IsthmusError, RejectedError
 from isthmus.protocol.limits import Limits
-from isthmus.protocol.messages import Hello, Welcome
+from isthmus.protocol.messages import Hello
 
 _BEST_FIRST = ("up", "unknown", "refused", "down")
 
@@ -53,9 +53,9 @@ class Clouds:
             for link in self.links
         ]
 
-    def best_state(self, *, by_name: bool) -> tuple[str, str, Welcome | None]:
-        """(state, detail, WELCOME if there is one) of the best cloud. A failed one counts as "unknown" again
-        once its circuit lets a probe through, or where the route is asked for `by_name`."""
+    def best_state(self, *, by_name: bool) -> tuple[str, str, CloudLink | None]:
+        """(state, detail, link) of the best cloud. A failed one counts as "unknown" again once its circuit
+        lets a probe through, or where the route is asked for `by_name`."""
         if not self.links:
             return "none", "no cloud is configured", None
         now = monotonic()
@@ -66,7 +66,10 @@ class Clouds:
                 state = "unknown"
             states.append((_BEST_FIRST.index(state), state, link))
         _, state, link = min(states, key=lambda entry: entry[0])
-        return state, link.detail, link.welcome if state == "up" else None
+        detail = link.detail
+        if state == "down" and (wait_s := link.breaker.retry_in_s(now)):
+            detail += f"; tried again in {wait_s:.0f} s"
+        return state, detail, link
 
     def fresh_failure(self) -> IsthmusError | None:
         """Why no cloud could be reached a moment ago; None where one stands, or was not tried."""

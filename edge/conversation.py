@@ -5,8 +5,8 @@ Token ids are the key: a request reuses the longest beginning it shares with som
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections import OrderedDict, deque
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
@@ -69,10 +69,7 @@ class CachePool(Generic[C]):
         best: _Kept[C] | None = None
         best_length = 0
         for kept in self._kept:
-            if kept.split != split:
-                continue
-            shared = min(common_prefix(kept.ids, prompt), len(prompt) - 1)
-            if shared > best_length and 2 * shared >= len(kept.ids):
+            if kept.split == split and (shared := _of_use(kept.ids, prompt)) > best_length:
                 best, best_length = kept, shared
         if best is None:
             return None
@@ -90,6 +87,15 @@ class CachePool(Generic[C]):
         self._kept.append(_Kept(split, tuple(ids), cache))
         self.evict(self.max_bytes)
 
+    def shared(self, prompt: Sequence[int]) -> dict[int, int]:
+        """How many rows of the prompt `take` would find, by depth. From any thread; nothing is taken."""
+        found: dict[int, int] = {}
+        for kept in list(self._kept):
+            rows = _of_use(kept.ids, prompt)
+            if rows > found.get(kept.split, 0):
+                found[kept.split] = rows
+        return found
+
     def evict(self, to_bytes: int, *, keep: Callable[[int], bool] = lambda split: False) -> None:
         """Close the least recently used until at most `to_bytes` are kept; spares depths `keep` names."""
         total = self.nbytes
@@ -104,6 +110,12 @@ class CachePool(Generic[C]):
     def clear(self) -> None:
         """Close everything."""
         self.evict(-1)
+
+
+def _of_use(kept: Sequence[int], prompt: Sequence[int]) -> int:
+    """Rows of a kept cache that serve the prompt; 0 where that is less than half of them."""
+    shared = min(common_prefix(kept, prompt), len(prompt) - 1)
+    return shared if 2 * shared >= len(kept) else 0
 
 
 class CloudMemory:
@@ -139,18 +151,31 @@ class CloudMemory:
 
         (0, ()) where nothing kept shares a whole page or an exact length with the prompt: then an offer
         would cost a round trip for nothing. Never offers the last token (its row makes the output)."""
-        limit = len(prompt) - 1
         upto, exact = 0, set()
         for held_cloud, held_split, held_format, ids in self._held:
             if (held_cloud, held_split, held_format) != (cloud, split, row_format):
                 continue
-            shared = min(common_prefix(ids, prompt), limit)
-            if shared == len(ids):
-                exact.add(shared)
-                upto = max(upto, shared)
-            else:
-                upto = max(upto, _offered_below(shared))
+            rows = _offered(ids, prompt)
+            if rows == len(ids):
+                exact.add(rows)
+            upto = max(upto, rows)
         return upto, tuple(sorted(exact))
+
+    def shared(self, cloud: str, row_formats: Collection[str], prompt: Sequence[int]) -> dict[int, int]:
+        """How many rows of the prompt this cloud may still hold, by K."""
+        found: dict[int, int] = {}
+        for held_cloud, split, held_format, ids in self._held:
+            if held_cloud == cloud and held_format in row_formats:
+                rows = _offered(ids, prompt)
+                if rows > found.get(split, 0):
+                    found[split] = rows
+        return found
+
+
+def _offered(held: Sequence[int], prompt: Sequence[int]) -> int:
+    """How much of the prompt an offer can cover where a cloud holds the rows of `held`."""
+    shared = min(common_prefix(held, prompt), len(prompt) - 1)
+    return shared if shared == len(held) else _offered_below(shared)
 
 
 def _offered_below(length: int) -> int:
@@ -159,3 +184,25 @@ def _offered_below(length: int) -> int:
     while length and not is_offered(length):
         length -= PAGE
     return length
+
+
+W = TypeVar("W")
+
+
+class LastWays(Generic[W]):
+    """Which way each conversation took last, by its tokens; the newest `max_entries` are remembered."""
+
+    def __init__(self, max_entries: int = 64) -> None:
+        self._ways: deque[tuple[tuple[int, ...], W]] = deque(maxlen=max_entries)
+
+    def remember(self, ids: Sequence[int], way: W) -> None:
+        """The conversation so far, prompt and answer, went by `way`."""
+        self._ways.append((tuple(ids), way))
+
+    def of(self, prompt: Sequence[int]) -> W | None:
+        """The way of the conversation that `prompt` goes on with: the newest of which it holds nearly all
+        tokens (a template may write the end of an answer otherwise than the model did)."""
+        for ids, way in reversed(self._ways):
+            if 10 * common_prefix(ids, prompt) >= 9 * len(ids):
+                return way
+        return None

@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
+from isthmus.edge.calibration import Observed
 from isthmus.edge.requests import (
     AgentEvent,
     Decision,
@@ -50,6 +51,7 @@ class Generation:
         self._released = False
         self._started_s = started_s
         self._first_s = self._last_s = 0.0
+        self._busy_s = (0.0, 0.0)  # edge and cloud, up to the first token
 
     async def run(self, decision: Decision, link: CloudLink | None) -> AsyncGenerator[AgentEvent, None]:
         """Tokens, then Finished. Closing it early cancels both halves; the edge's cache is kept."""
@@ -83,6 +85,7 @@ class Generation:
         index = self._num_out
         if index == 0:
             self._first_s = self._last_s
+            self._busy_s = self.placement.busy_s()
         self._num_out += 1
         self._ids.append(sampled.token)
         finish: FinishReason | None = None
@@ -127,6 +130,26 @@ class Generation:
             split=leg.decision.split,
             shape=leg.decision.shape,
             events=tuple(self.events),
+            observed=self._observed(decode_s),
+        )
+
+    def _observed(self, decode_s: float) -> Observed | None:
+        """The times of one way, begun and ended there."""
+        if self.placement.disturbed:
+            return None
+        edge_s, cloud_s = self.placement.busy_s()
+        here, there = edge_s - self._busy_s[0], cloud_s - self._busy_s[1]
+        leg = self.placement.leg
+        split = leg is not None and leg.decision.route == "split"
+        known = split and there > 0
+        return Observed(
+            ttft_s=self._first_s - self._started_s,
+            steps=self._num_out - 1,
+            decode_s=decode_s,
+            edge_s=here if split else None,
+            cloud_s=there if known else None,
+            link_s=max(0.0, decode_s - here - there) if known else None,
+            first_cloud_s=leg.remote.half.first_cloud_s if leg is not None and leg.remote else None,
         )
 
     def _release(self, *, ended: bool) -> None:

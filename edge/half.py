@@ -58,6 +58,7 @@ class EdgeHalf:
         self.split = split
         self.rows_computed = 0
         self.chunk_s = inf  # how long the last chunk took, in seconds
+        self.busy_s = 0.0  # computing, in seconds
         self._runner = runner
         self._pool = pool
         self._prompt = prompt
@@ -124,6 +125,7 @@ class EdgeHalf:
         started = perf_counter()
         chunk = self.encoded(self.rows(ids))
         self.chunk_s = perf_counter() - started
+        self.busy_s += self.chunk_s
         return chunk
 
     def encoded(self, rows: Rows) -> Chunk:
@@ -134,10 +136,12 @@ class EdgeHalf:
 
     def drawn(self, hidden: Rows, index: int) -> Sampled:
         """The token of output `index` from the last of `hidden` f32[n, hidden], by norm, head and sampler."""
+        started = perf_counter()
         logits = self._runner.head(hidden[-1:])[-1]
         result = sample(logits, self._sampling, position=len(self._prompt) + index, counts=self._counts)
         if self._counts is not None:
             self._counts.add(result.token)
+        self.busy_s += perf_counter() - started
         return result
 
     def rows_and_drawn(self, ids: Sequence[int], index: int) -> Sampled:

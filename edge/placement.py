@@ -80,6 +80,8 @@ class Placement:
         self.leg: Leg | None = None
         self.edge_cached_rows = 0
         """Of the prompt, in the edge's cache when the request began."""
+        self.disturbed = False
+        """Something was lost or moved: its times say nothing about the way it was decided to take."""
         self._request = request
         self._legs = legs
         self._clouds = clouds
@@ -106,7 +108,15 @@ class Placement:
 
     async def begin(self, decision: Decision, link: CloudLink | None) -> None:
         """The first leg; its output is on its way afterwards, or `next` deals with the loss."""
-        self._take(await self._legs.first(decision, link))
+        try:
+            leg = await self._legs.first(decision, link)
+        except LOSSES as error:
+            if error.code != "draining":
+                raise
+            other = await self._clouds.reach()  # it stood when the decision was made
+            self._feasibility.check(decision, other)
+            leg = await self._legs.first(decision, other)
+        self._take(leg)
         await self.part(self._live.fill(self._ids, self.index))
         self.edge_cached_rows = self._live.edge_cached
 
@@ -165,6 +175,12 @@ class Placement:
             sum(use.bytes_down for use in uses),
         )
 
+    def busy_s(self) -> tuple[float, float]:
+        """Seconds that the edge and the cloud have computed where the request is now; 0.0 where the cloud
+        does not tell."""
+        leg = self._live
+        return leg.edge.busy_s, leg.remote.half.cloud_s if leg.remote else 0.0
+
     def _take(self, leg: Leg) -> None:
         self.leg = leg
         if leg.remote is not None:
@@ -179,13 +195,16 @@ class Placement:
         """Bring the request to where its next output is on its way again, or raise `error`."""
         leg, request = self._live, self._request
         refused = isinstance(error, OverloadedError | RejectedError)
-        # A route asked for by name and refused at the start is an honest no, not a loss.
-        honest_no = refused and self.index == 0 and request.route != "auto"
+        # A route asked for by name and refused at the start is an honest no, not a loss. A cloud that goes
+        # away, and had no time to say so, is one.
+        leaves = error.code == "draining"
+        honest_no = refused and not leaves and self.index == 0 and request.route != "auto"
         closed_here = error.code == "link_closed"
         if leg.remote is None or request.fallback == "none" or honest_no or closed_here:
             raise error
         link = leg.remote.link
         began = monotonic()
+        self.disturbed = True
         self._note("link_lost", code=error.code, cloud=link.url)
         await leg.settle()
         local = self._feasibility.local() if request.fallback == "any" else None
@@ -266,6 +285,7 @@ class Placement:
 
     async def _move(self, wanted: _Wanted) -> None:
         leg = self._live
+        self.disturbed = True
         await leg.settle()
         try:
             await self._recut(wanted.decision, wanted.link)
@@ -302,6 +322,7 @@ class Placement:
             except (IsthmusError, TimeoutError):
                 continue
             await leg.settle()
+            self.disturbed = True
             await self._go_to(other, "drain", monotonic())
             return
 

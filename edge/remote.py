@@ -265,6 +265,16 @@ class CloudHalf:
         if self._session is not None:
             self._session.cancel()
 
+    @property
+    def cloud_s(self) -> float:
+        """Seconds from each step's arrival in the cloud to its answer, in all; 0.0 where it does not tell."""
+        return 0.0 if self._session is None else self._session.cloud_s
+
+    @property
+    def first_cloud_s(self) -> float | None:
+        """Seconds from the prompt's arrival in the cloud to its first output; None where it does not tell."""
+        return None if self._session is None else self._session.first_cloud_s or None
+
     def use(self) -> LinkUse:
         """What this request sent and received so far."""
         if self._session is None:

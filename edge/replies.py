@@ -6,10 +6,11 @@ import json
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from isthmus.edge.api_errors import error_body
+from isthmus.edge.digest import best_of_routes
 from isthmus.edge.merge import Numbered
 from isthmus.edge.requests import AgentEvent, Finished, GenerateRequest, Started, Token
 from isthmus.protocol.errors import IsthmusError
@@ -103,13 +104,21 @@ completion_dialect: Dialect = _Completion()
 
 
 class Reply:
-    """Builds one reply, to one request with one or more choices."""
+    """Builds one reply, to one request with one or more choices. `explain`: its decision lists every
+    candidate instead of the best of each route."""
 
     def __init__(
-        self, dialect: Dialect, model: str, tokenizer: Tokenizer, requests: list[GenerateRequest]
+        self,
+        dialect: Dialect,
+        model: str,
+        tokenizer: Tokenizer,
+        requests: list[GenerateRequest],
+        *,
+        explain: bool = False,
     ) -> None:
         self.dialect, self.model, self.tokenizer = dialect, model, tokenizer
         self.requests = requests
+        self.explain = explain
         self.wants_logprobs = requests[0].sampling.logprobs >= 0
         self.choices = [Choice() for _ in requests]
         self.created = int(time.time())
@@ -156,12 +165,15 @@ class Reply:
         started, finished = self.choices[0].started, self.choices[0].finished
         assert started is not None
         assert finished is not None
+        decision = started.decision
+        if not self.explain:
+            decision = replace(decision, candidates=best_of_routes(decision))
         return {
             "route": finished.route,
             "split": finished.split,
             "shape": finished.shape,
             "request_id": started.request_id,
-            "decision": started.decision.to_dict(),
+            "decision": decision.to_dict(),
             "timings": asdict(finished.timings),
             "link": asdict(finished.link),
             "counts": finished.counts,

@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import uuid
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from math import isfinite
+from typing import TYPE_CHECKING, Any, Literal
 
 from isthmus.protocol.errors import RequestError
 from isthmus.protocol.messages import MAX_PRIORITY
 from isthmus.protocol.sampling import SamplingParams
+from isthmus.splitter.situation import Route as Route
+from isthmus.splitter.situation import Shape as Shape
 
-Route = Literal["local", "split", "offload"]
+if TYPE_CHECKING:
+    from isthmus.edge.calibration import Observed
+
 RouteAsk = Literal["auto", "local", "split", "offload"]
-Shape = Literal["prefix", "u"]
 Privacy = Literal["any", "activations-only", "local-only"]
 RowFormatName = Literal["f32", "bf16", "int8o"]
 Fallback = Literal["any", "cloud", "none"]
@@ -32,6 +36,23 @@ def new_request_id() -> str:
     return f"req-{uuid.uuid4().hex}"
 
 
+@dataclass(frozen=True, slots=True)
+class Slo:
+    """What the user expects: the first token within `ttft_s`, then at least `tokens_per_s`. A wish, unlike
+    privacy: missing it costs, and where nothing can keep it, the best that there is still answers."""
+
+    ttft_s: float | None = None
+    tokens_per_s: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("slo.ttft_s", self.ttft_s), ("slo.tokens_per_s", self.tokens_per_s)):
+            if value is not None and not (isfinite(value) and value > 0):
+                raise RequestError(f"{name} is {value}, it must be positive", code="bad_slo")
+
+    def __bool__(self) -> bool:
+        return self.ttft_s is not None or self.tokens_per_s is not None
+
+
 @dataclass(frozen=True)
 class GenerateRequest:
     """One sequence to generate. Whatever the agent cannot honour is refused, never ignored.
@@ -46,6 +67,8 @@ class GenerateRequest:
 
     `fallback`: where a request may go on whose cloud is lost in the middle. "any": at the cloud once it is
     back, at another cloud, or on this device; "cloud": not on this device; "none": nowhere, it fails.
+
+    `max_cost_usd`: a way that might cost more, if the answer took all of `max_tokens`, is not taken.
     """
 
     prompt_ids: tuple[int, ...]
@@ -60,6 +83,8 @@ class GenerateRequest:
     row_format: RowFormatName | None = None
     priority: int = 0
     fallback: Fallback = "any"
+    slo: Slo = Slo()
+    max_cost_usd: float | None = None
     request_id: str = field(default_factory=new_request_id)
 
     def __post_init__(self) -> None:
@@ -109,6 +134,10 @@ class GenerateRequest:
                     f"{name} is {value!r}, allowed are {', '.join(str(a) for a in allowed if a)}",
                     code=f"bad_{name}",
                 )
+        if self.max_cost_usd is not None and not (isfinite(self.max_cost_usd) and self.max_cost_usd >= 0):
+            raise RequestError(
+                f"max_cost_usd is {self.max_cost_usd}, it must be 0 or more", code="bad_max_cost_usd"
+            )
         if self.split is not None and self.route in ("local", "offload"):
             raise RequestError(
                 f"split={self.split} was asked together with route={self.route!r}",
@@ -117,9 +146,14 @@ class GenerateRequest:
             )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Candidate:
-    """One way to serve a request. `violated` names the first hard constraint it breaks, or is None."""
+    """One way to serve a request. `violated` names the first hard constraint it breaks, or is None.
+
+    The figures are predictions, None where nothing was measured to predict from. `terms`: the parts of
+    `total_s`, in seconds. `score`: what the router minimises, in dollars, and `score_parts` what adds up to
+    it. `energy_j` is the edge's; `most_usd`: the cost if the answer took all of its tokens.
+    """
 
     route: Route
     split: int
@@ -127,17 +161,42 @@ class Candidate:
     feasible: bool
     violated: str | None = None
     detail: str = ""
+    ttft_s: float | None = None
+    total_s: float | None = None
+    tokens_per_s: float | None = None
+    energy_j: float | None = None
+    cost_usd: float | None = None
+    most_usd: float | None = None
+    bytes_up: float | None = None
+    bytes_down: float | None = None
+    memory_bytes: int | None = None
+    terms: dict[str, float] | None = None
+    score: float | None = None
+    score_parts: dict[str, float] | None = None
 
 
 @dataclass(frozen=True)
 class Decision:
-    """The route taken, why, and what else was looked at. `split`: layers on the edge (0 … N)."""
+    """The route taken, why, and what else was looked at. `split`: layers on the edge (0 … N).
+
+    `margin`: by how many dollars of score the best way of another route is worse (below 0: the chosen one is
+    kept although another is a little better). `basis`: what the predictions rest on, and how old that is.
+    """
 
     route: Route
     split: int
     shape: Shape | None
     reason: str
     candidates: tuple[Candidate, ...] = ()
+    margin: float | None = None
+    expected_tokens: float | None = None
+    basis: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def chosen(self) -> Candidate | None:
+        """The candidate taken, with its figures; None where none are listed."""
+        way = (self.route, self.split, self.shape)
+        return next((c for c in self.candidates if (c.route, c.split, c.shape) == way), None)
 
     def to_dict(self) -> dict[str, Any]:
         """The `decision` object of the JSON outputs."""
@@ -195,6 +254,8 @@ class Finished:
     """Last event. `"".join(token texts) + tail == text`. `route`, `split` and `shape` are those at the end:
     `events` says what moved the request, if anything did.
 
+    `observed`: what the router can learn from it; None where it moved, or nothing was predicted.
+
     `counts`: prompt_tokens, completion_tokens, edge_rows_computed (positions the edge ran through its
     layers), edge_cached_rows (prompt positions its cache already had), rows_sent (rows or ids that
     crossed the link), cloud_cached_rows (rows the cloud did not need).
@@ -211,6 +272,7 @@ class Finished:
     split: int
     shape: Shape | None
     events: tuple[dict[str, Any], ...] = ()
+    observed: Observed | None = None
 
 
 AgentEvent = Started | Token | Finished

@@ -18,6 +18,7 @@ from isthmus.cloud.server import CloudServer, bind
 from isthmus.cloud.telemetry import Telemetry
 from isthmus.protocol.cloud_connection import ServerInfo
 from isthmus.protocol.limits import Limits
+from isthmus.protocol.profiles import DeviceProfile, Prices
 from isthmus.splitter.checkpoint import open_checkpoint
 from tests.edge.edge_world import TinyModel
 
@@ -56,8 +57,16 @@ class RealCloud:
 
 
 @contextmanager
-def real_cloud(model: TinyModel, *, pages: int = 4000, limits: Limits | None = None) -> Iterator[RealCloud]:
-    """A cloud in fp32 for the checkpoint of `model`, on a free port, without keys (loopback)."""
+def real_cloud(
+    model: TinyModel,
+    *,
+    pages: int = 4000,
+    limits: Limits | None = None,
+    profile: DeviceProfile | None = None,
+    prices: Prices | None = None,
+) -> Iterator[RealCloud]:
+    """A cloud in fp32 for the checkpoint of `model`, on a free port, without keys (loopback). `profile` and
+    `prices`: what it tells about itself."""
     with open_checkpoint(model.checkpoint) as checkpoint:
         torch_model = CloudModel.load(checkpoint)
     spec = torch_model.spec
@@ -73,6 +82,8 @@ def real_cloud(model: TinyModel, *, pages: int = 4000, limits: Limits | None = N
         context_length=spec.context_length,
         row_formats=("f32", "bf16", "int8o"),
         kv_bytes_per_token_layer=spec.kv_bytes_per_token_layer(4),
+        profile=profile,
+        prices=prices,
     )
     started = threading.Event()
     made: list[RealCloud] = []

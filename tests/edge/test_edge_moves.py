@@ -61,7 +61,7 @@ async def moved(
                 if way := moves.get(len(tokens)):
                     placement = agent._running[0].placement
                     assert placement is not None
-                    decision, link = await agent._route(
+                    _, decision, link = await agent._route(
                         GenerateRequest(request.prompt_ids, request.max_tokens, **way), agent._running[0]
                     )
                     waiting.append(placement.move(decision, link))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable
 from contextlib import ExitStack, aclosing
 from time import monotonic
@@ -12,7 +13,7 @@ import pytest
 
 from isthmus.edge.agent import Agent
 from isthmus.edge.recovery import RecoveryConfig
-from isthmus.edge.requests import Finished, GenerateRequest, Token
+from isthmus.edge.requests import Finished, GenerateRequest, Started, Token
 from isthmus.protocol.edge_session import EdgeSession
 from isthmus.protocol.errors import CloudError, IsthmusError
 from isthmus.protocol.limits import Limits
@@ -233,6 +234,41 @@ async def test_a_draining_cloud_is_left_for_one_that_stands(tiny: TinyModel) -> 
             assert kinds(finished) == ["moved"]
             assert finished.events[0]["reason"] == "drain"
         assert (await cloud.pages_settle(10**9)).sessions == 0
+
+
+def drain_unheard(cloud: RealCloud) -> None:
+    """The drain has begun; this thread's event loop could not hear of it yet."""
+    begun = threading.Event()
+
+    def drain() -> None:
+        cloud.server.stop()
+        begun.set()
+
+    cloud.loop.call_soon_threadsafe(drain)
+    assert begun.wait(10)
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["not told yet", "told"])
+async def test_a_cloud_that_drains_between_decision_and_beginning_is_left(
+    tiny: TinyModel, known: bool
+) -> None:
+    """The route was asked for by name, and that cloud takes nothing new; but another one stands."""
+    prompt = prompt_of(20)
+    with ExitStack() as first, real_cloud(tiny) as second:
+        cloud = first.enter_context(real_cloud(tiny))
+        async with agent_of(tiny, cloud.url, second.url, recovery=QUICK) as agent:
+            whole = await collect(agent, ask(prompt, 6, route="local"))
+            await collect(agent, ask(prompt_of(8), 2, route="offload"))  # connects
+            events = agent.generate(ask(prompt, 6, route="offload"))
+            started = await anext(events)
+            assert isinstance(started, Started)
+            drain_unheard(cloud)
+            for _ in range(2000 if known else 0):
+                if agent.stats()["clouds"][0]["state"] != "up":
+                    break
+                await asyncio.sleep(0.005)
+            tokens = [event.id async for event in events if isinstance(event, Token)]
+            assert tokens == whole.ids
 
 
 async def test_a_draining_cloud_without_another_is_used_to_the_end(tiny: TinyModel) -> None:
