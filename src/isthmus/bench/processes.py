@@ -17,22 +17,21 @@ from isthmus.protocol.errors import IsthmusError
 def process(*arguments: str) -> Iterator[str]:
     """`isthmus ARGUMENTS --json` running; yields the URL of its ready line; SIGTERM at the end."""
     command = [sys.executable, "-m", "isthmus", *arguments, "--json"]
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        assert child.stdout is not None
-        line = child.stdout.readline()
-        answer = json.loads(line) if line else {}
-        if "url" not in answer:
-            told = answer.get("error", {}).get("message", f"exit code {child.wait()}")
-            raise IsthmusError(f"`isthmus {' '.join(arguments)}` did not start: {told}")
-        yield answer["url"]
-    finally:
-        child.terminate()
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
         try:
-            child.wait(timeout=20)
-        except subprocess.TimeoutExpired:
-            child.kill()
-            child.wait()
+            assert child.stdout is not None
+            line = child.stdout.readline()
+            answer = json.loads(line) if line else {}
+            if "url" not in answer:
+                told = answer.get("error", {}).get("message", f"exit code {child.wait()}")
+                raise IsthmusError(f"`isthmus {' '.join(arguments)}` did not start: {told}")
+            yield answer["url"]
+        finally:
+            child.terminate()
+            try:
+                child.wait(timeout=20)
+            except subprocess.TimeoutExpired:
+                child.kill()
 
 
 @contextmanager

@@ -9,11 +9,13 @@ import asyncio
 import random
 from bisect import bisect_left
 from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Final
 
 from isthmus.relay.faults import Direction, Faults, Line
 from isthmus.relay.messages import MessageScanner
+from isthmus.relay.shape import LinkShape
 from isthmus.relay.trace import Pacer
 
 # One read's worth of bytes. Small enough that a 1 Mbit/s link is paced in steps of 0.13 s at most.
@@ -24,8 +26,8 @@ BUFFER_BYTES: Final = 4 * 1024 * 1024
 
 
 class Pipe:
-    """Carries one direction of `line`. `delay_s` and `jitter_s` come on top of what `pacer` says; the last
-    `timer_late_s` of a wait are not left to a timer."""
+    """Carries one direction of `line`. Delay and jitter of `shape`, as it is when bytes arrive, come on top
+    of what `pacer` says; the last `timer_late_s` of a wait are not left to a timer."""
 
     def __init__(
         self,
@@ -36,15 +38,14 @@ class Pipe:
         direction: Direction,
         faults: Faults,
         pacer: Pacer,
-        delay_s: float,
-        jitter_s: float,
+        shape: Callable[[], LinkShape],
         timer_late_s: float,
         rng: random.Random,
     ) -> None:
         self.reader, self.writer = reader, writer
         self.line, self.direction, self.faults = line, direction, faults
         self.opposite: Direction = "down" if direction == "up" else "up"
-        self.pacer, self.delay_s, self.jitter_s = pacer, delay_s, jitter_s
+        self.pacer, self.shape = pacer, shape
         self.timer_late_s = timer_late_s
         self.rng = rng
         self.scanner = MessageScanner()
@@ -67,10 +68,11 @@ class Pipe:
         while data := await self._read():
             now = loop.time()
             at = 0
+            delay_s, jitter_s = self.shape().one_way_s
             for passed, size in self.pacer.pass_on(now, len(data)):
                 piece, at = data[at : at + size], at + size
-                jitter = self.rng.uniform(0, self.jitter_s) if self.jitter_s else 0.0
-                last_due = max(last_due, passed + self.delay_s + jitter)
+                jitter = self.rng.uniform(0, jitter_s) if jitter_s else 0.0
+                last_due = max(last_due, passed + delay_s + jitter)
                 if last_due <= now and self.queued_bytes == 0:  # no limit, no delay, nothing before it
                     await self._deliver(piece)
                     continue

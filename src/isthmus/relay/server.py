@@ -42,12 +42,8 @@ class Relay:
         trace: Trace | None = None,
         script: FaultScript | None = None,
     ) -> None:
-        if trace is not None and (shape.up_mbps or shape.down_mbps):
-            raise ConfigError(
-                f"a trace and a bandwidth ({shape.up_mbps} up, {shape.down_mbps} down) were given together",
-                hint="the trace says how fast the link is: leave --up-mbps and --down-mbps out",
-            )
-        self.listen, self.target, self.shape, self.trace = listen, target, shape, trace
+        self.listen, self.target, self.trace = listen, target, trace
+        self.shape = shape
         self.seed, self.script = seed, script
         self.rng = random.Random(seed)
         self.faults = Faults(self._refuse)
@@ -56,6 +52,21 @@ class Relay:
         self._refused_until = 0.0
         self._reopening: asyncio.Task[None] | None = None
         self._playing: asyncio.Task[None] | None = None
+
+    @property
+    def shape(self) -> LinkShape:
+        """How the link behaves now. A new one holds for what arrives from then on, also on connections that
+        stand; what is on its way keeps its time."""
+        return self._shape
+
+    @shape.setter
+    def shape(self, shape: LinkShape) -> None:
+        if self.trace is not None and (shape.up_mbps or shape.down_mbps):
+            raise ConfigError(
+                f"a trace and a bandwidth ({shape.up_mbps} up, {shape.down_mbps} down) were given together",
+                hint="the trace says how fast the link is: leave the bandwidths out, or 0",
+            )
+        self._shape = shape
 
     async def start(self) -> tuple[str, int]:
         """Listen, and let the script begin. ConfigError `port_taken` where the address cannot be had."""
@@ -154,13 +165,12 @@ class Relay:
     def _pipe(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, line: Line, direction: Direction
     ) -> Pipe:
-        shape = self.shape
         pacer: Pacer
         if self.trace is not None:
             times = self.trace.up if direction == "up" else self.trace.down
             pacer = TracePacer(times, self.faults.origin_s)
         else:
-            pacer = RatePacer(shape.up_mbps if direction == "up" else shape.down_mbps)
+            pacer = RatePacer(lambda: self.shape.up_mbps if direction == "up" else self.shape.down_mbps)
         return Pipe(
             reader,
             writer,
@@ -168,8 +178,7 @@ class Relay:
             direction=direction,
             faults=self.faults,
             pacer=pacer,
-            delay_s=shape.rtt_ms / 2000,
-            jitter_s=shape.jitter_ms / 2000,
+            shape=lambda: self.shape,
             timer_late_s=TIMER_LATE_S if self.trace is None else 0.0,
             rng=self.rng,
         )

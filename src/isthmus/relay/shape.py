@@ -24,6 +24,11 @@ class LinkShape:
                     f"{name} = {value} is not between 0 and 1e6", hint="give a finite, positive number"
                 )
 
+    @property
+    def one_way_s(self) -> tuple[float, float]:
+        """Delay, and most jitter on top of it, of one direction, in seconds."""
+        return self.rtt_ms / 2000, self.jitter_ms / 2000
+
 
 def parse_address(text: str, *, what: str) -> tuple[str, int]:
     """`host:port`, `:port`, `port`, or a ws:// URL, as (host, port)."""

@@ -7,6 +7,7 @@ pass. Numbers never fall, equal ones mean several packets at once, and after the
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
@@ -27,14 +28,15 @@ class Pacer(Protocol):
 
 
 class RatePacer:
-    """A line of constant bandwidth; 0 = no limit."""
+    """A line as fast as `mbps` (Mbit/s) says when bytes arrive; 0 = no limit."""
 
-    def __init__(self, mbps: float) -> None:
-        self._bytes_per_s = mbps * 125_000
+    def __init__(self, mbps: Callable[[], float]) -> None:
+        self._mbps = mbps
         self._free_at = 0.0
 
     def pass_on(self, now: float, size: int) -> list[tuple[float, int]]:
-        self._free_at = max(now, self._free_at) + (size / self._bytes_per_s if self._bytes_per_s else 0.0)
+        bytes_per_s = self._mbps() * 125_000
+        self._free_at = max(now, self._free_at) + (size / bytes_per_s if bytes_per_s else 0.0)
         return [(self._free_at, size)]
 
 
