@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 import isthmus
-from isthmus.commands import bench, chat, configuration, generate, keys, models, relay, serve
+from isthmus.commands import bench, chat, configuration, generate, keys, models, plan, profile, relay, serve
 from isthmus.commands.output import print_error
 from isthmus.protocol.errors import IsthmusError
 
@@ -34,6 +34,8 @@ for command in (
     generate.run,
     chat.chat,
     keys.key,
+    plan.plan,
+    profile.profile,
     relay.relay,
 ):
     app.command()(command)

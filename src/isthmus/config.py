@@ -85,8 +85,37 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("tenant_kv_mb", "int", None, "most KV memory of one tenant", least=1),
     Setting("tenant_tokens_per_s", "float", None, "tokens per second of one tenant; 0 = no limit", least=0),
     Setting("tenant_resumes_per_min", "int", None, "resumes per minute of one tenant; 0 = no limit", least=0),
+    Setting("price_input_per_mtok", "float", None, "what the cloud charges for a million tokens in", least=0),
+    Setting(
+        "price_output_per_mtok", "float", None, "what the cloud charges for a million tokens out", least=0
+    ),
+    Setting("gpu_usd_per_h", "float", None, "what the cloud's machine costs in an hour, US dollars", least=0),
+    Setting("utilisation", "float", None, "share of that hour in which it computes, up to 1", least=0),
+    Setting("egress_usd_per_gb", "float", None, "what a gigabyte that leaves the cloud costs", least=0),
+    Setting("prices_dated", "str", None, "since when the cloud's prices hold; none given = today"),
     Setting("max_tokens", "int", 256, "most tokens to generate", least=1),
     Setting("temperature", "float", None, "0 = greedy; none given = what the model's makers advise", least=0),
+    Setting("slo_ttft_s", "float", None, "seconds in which the first token should come", least=1e-3),
+    Setting("slo_tokens_per_s", "float", None, "how fast the tokens after it should come", least=1e-3),
+    Setting("max_cost_usd", "float", None, "what one request may cost at most", least=0),
+    Setting("budget_usd", "float", None, "what all requests of one process may cost", least=0),
+    Setting("value_of_time_usd_per_h", "float", 3.6, "what an hour of waiting for answers is worth", least=0),
+    Setting(
+        "usd_per_kj_low_battery", "float", 0.05, "what a kilojoule of an empty battery is worth", least=0
+    ),
+    Setting("slo_miss_usd", "float", 0.02, "what it costs to miss slo_ttft_s or slo_tokens_per_s", least=0),
+    Setting(
+        "quality_usd_per_nat", "float", 1e-4, "what a nat of KL to the source weights costs, a token", least=0
+    ),
+    Setting(
+        "hysteresis", "float", 0.05, "how much better a way must be to leave the one taken last", least=0
+    ),
+    Setting("decision_log", "str", None, "file that gets every routing decision, without content"),
+    Setting("profile", "str", "auto", "what this device can do: a file, an example's name, auto or none"),
+    Setting("idle_watts", "float", None, "declared power of this device at rest", least=0),
+    Setting("active_watts", "float", None, "declared power of this device while it computes", least=0),
+    Setting("radio", "str", "none", "by what the edge sends: joules per byte", ("none", "wifi", "lte")),
+    Setting("data_usd_per_gb", "float", 0.0, "what the edge pays for a gigabyte sent or received", least=0),
 )
 BY_NAME = {setting.name: setting for setting in SETTINGS}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import socket
 import subprocess
@@ -130,17 +131,44 @@ def test_serve_all_is_edge_and_cloud(model: str, env: dict[str, str], as_json: b
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=env
     ) as process:
-        assert process.stdout is not None
-        lines = [process.stdout.readline() for _ in range(2)]
-        ready = [_ready(line, as_json) for line in lines]
-        assert [kind for kind, _ in ready] == ["cloud", "edge"]
-        url = ready[1][1]
-        body = {"prompt": "hello", "max_tokens": 3, "isthmus": {"route": "offload"}}
-        reply = httpx.post(f"{url}/v1/completions", json=body, timeout=60)
-        assert reply.json()["isthmus"]["route"] == "offload", reply.text
-        process.send_signal(signal.SIGTERM)
-        assert process.stdout.read() == ""
-        assert process.wait(30) == 0
+        try:
+            _used_and_stopped(process, model, env, as_json=as_json)
+        finally:
+            process.terminate()  # on a failure the `with` would wait for ever
+
+
+def _used_and_stopped(
+    process: subprocess.Popen[str], model: str, env: dict[str, str], *, as_json: bool
+) -> None:
+    """Both are ready, answer, and end by SIGTERM."""
+    assert process.stdout is not None
+    lines = [process.stdout.readline() for _ in range(2)]
+    (_, cloud), (_, url) = ready = [_ready(line, as_json) for line in lines]
+    assert [kind for kind, _ in ready] == ["cloud", "edge"]
+    body = {"prompt": "hello", "max_tokens": 3, "isthmus": {"route": "offload"}}
+    reply = httpx.post(f"{url}/v1/completions", json=body, timeout=60)
+    assert reply.json()["isthmus"]["route"] == "offload", reply.text
+    # Both sides have measured themselves, and the link is known: every way has its figures.
+    if as_json:
+        decision = httpx.post(f"{url}/v1/route", json={"prompt": "hello"}, timeout=60).json()["decision"]
+        assert all(one["total_s"] > 0 for one in decision["candidates"])
+        assert decision["basis"]["link"]["rtt_s"]["value"] > 0
+    else:
+        _explained(model, cloud, env)
+    process.send_signal(signal.SIGTERM)
+    assert process.stdout.read() == ""
+    assert process.wait(30) == 0
+
+
+def _explained(model: str, cloud: str, env: dict[str, str]) -> None:
+    """`run --explain` knows both devices and the link, on a terminal of 80 columns."""
+    arguments = ("run", "hello", "--model", model, "--cloud", cloud, "--max-tokens", "3", "--explain")
+    said = run(*arguments, env={**env, "COLUMNS": "80"}).stderr
+    table = said[said.index("  way ") :]
+    for way in ("local", "offload", "split"):
+        assert re.search(rf"^[▸ ] {way} .*[1-9].*\d *$", table, re.MULTILINE), said
+    assert "link: round trip" in table
+    assert max(map(len, table[: table.index("edge:")].splitlines())) <= 80
 
 
 def test_relay(env: dict[str, str]) -> None:

@@ -31,5 +31,6 @@ def test_the_demo_answers_by_every_route_and_outlives_its_cloud(smollm_dir: Path
         "offload",
     ]
     assert " ".join(row.split("│")[3].strip() for row in rows).count("Paris") == 3
+    assert "; it took " in done.stdout, "the router says why"
     assert "✂ SIGKILL" in done.stdout
     assert "to route local, no token lost" in done.stdout

@@ -1,4 +1,4 @@
-"""Every `sh` block of the README and of getting-started runs as it stands."""
+"""Every `sh` block of the README, of getting-started and of routing runs as it stands."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = ("README.md", "docs/getting-started.md")
+PAGES = ("README.md", "docs/getting-started.md", "docs/routing.md")
 COMMANDS = [
     pytest.param(line, id=f"{page}: {line}")
     for page in PAGES

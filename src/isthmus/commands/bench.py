@@ -6,40 +6,21 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
-from isthmus.bench.report import Report
+from isthmus.commands import bench_plan, bench_router
+from isthmus.commands.bench_shared import given, numbers, print_report, refuse
 from isthmus.commands.options import BitsOption
-from isthmus.commands.output import JsonFlag, ModelOption, out, print_json, progress_bar
+from isthmus.commands.output import JsonFlag, ModelOption, progress_bar
 from isthmus.commands.setup import provide_pack
 from isthmus.config import Settings
 from isthmus.protocol.errors import ConfigError
 
 app = typer.Typer(help="Measure: ratios in one run, alternating, medians.", no_args_is_help=True)
+app.command("plan")(bench_plan.plan)
+app.command("router")(bench_router.router)
 
 ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="Compute threads of the edge.")]
 RoundsOption = Annotated[int, typer.Option("--rounds", min=1, help="Alternations; the median is reported.")]
-
-
-def _print(report: Report, *, as_json: bool) -> None:
-    result = report.to_dict()
-    if as_json:
-        print_json(result)
-        return
-    figures = Table("figure", "value", title=f"bench {report.bench}")
-    for name, value in result["figures"].items():
-        figures.add_row(name, f"{value:g}")
-    out.print(figures)
-    if report.rows:
-        columns = list(dict.fromkeys(key for row in result["rows"] for key in row))
-        rows = Table(*columns)
-        for row in result["rows"]:
-            rows.add_row(
-                *(f"{row[c]:g}" if isinstance(row.get(c), float) else str(row.get(c, "")) for c in columns)
-            )
-        out.print(rows)
-    for note in report.notes:
-        out.print(f"· {note}", markup=False)
 
 
 @app.command()
@@ -59,7 +40,7 @@ def local(
     report = bench_local(
         pack, prompt_tokens=prompt_tokens, output_tokens=output_tokens, rounds=rounds, threads=threads
     )
-    _print(report, as_json=json)
+    print_report(report, as_json=json)
 
 
 @app.command()
@@ -85,7 +66,7 @@ def split(
     json: JsonFlag = False,
 ) -> None:
     """Decode speed of a split against what edge, cloud and link allow; or --memory."""
-    rtts_ms = _numbers("--rtt-ms", rtt_ms, "milliseconds by commas, for example 0,20,80")
+    rtts_ms = numbers("--rtt-ms", rtt_ms, "milliseconds by commas, for example 0,20,80")
     settings = Settings(
         {"model": model, "bits": bits, "precision": precision, "shape": shape, "split": split}
     )
@@ -97,7 +78,7 @@ def split(
         ladder = sorted(
             {1, num_layers // 4, num_layers // 2, 3 * num_layers // 4, num_layers} | {min(8, num_layers)}
         )
-        _print(bench_memory(pack, [k for k in ladder if k]), as_json=json)
+        print_report(bench_memory(pack, [k for k in ladder if k]), as_json=json)
         return
     from isthmus.bench.split import SplitBench, bench_split
 
@@ -113,7 +94,7 @@ def split(
         edge_threads=threads,
         cloud_threads=cloud_threads,
     )
-    _print(bench_split(pack, what), as_json=json)
+    print_report(bench_split(pack, what), as_json=json)
 
 
 @app.command()
@@ -155,10 +136,10 @@ def cloud(
     json: JsonFlag = False,
 ) -> None:
     """The engine's decode speed at each precision against its floor and transformers; or --simulate."""
-    given = _given(context)
+    named = given(context)
     name = Settings({"model": model}).text("model") or ""
     if simulate is not None:
-        _refuse(given & _MEASURED_ONLY, "with --simulate")
+        refuse(named & _MEASURED_ONLY, "with --simulate")
         from isthmus.bench.serving import bench_serving
 
         report = bench_serving(
@@ -166,17 +147,17 @@ def cloud(
             simulate,
             requests=requests,
             seed=seed,
-            precision=precision if "precision" in given else "auto",
-            loads=_numbers("--loads", loads, "shares of the capacity, for example 0.7,0.9"),
+            precision=precision if "precision" in named else "auto",
+            loads=numbers("--loads", loads, "shares of the capacity, for example 0.7,0.9"),
             threads=threads,
         )
-        _print(report, as_json=json)
+        print_report(report, as_json=json)
         return
-    _refuse(given & _SIMULATED_ONLY, "without --simulate")
+    refuse(named & _SIMULATED_ONLY, "without --simulate")
     if random_weights is not None:
-        _refuse(given & {"model", "peer"}, "with --random-weights")
-        sessions = sessions if "sessions" in given else "1,32,128"
-        precision = precision if "precision" in given else "bf16,int8"
+        refuse(named & {"model", "peer"}, "with --random-weights")
+        sessions = sessions if "sessions" in named else "1,32,128"
+        precision = precision if "precision" in named else "bf16,int8"
     from isthmus.bench.cloud import CloudBench, bench_cloud, parse_precisions, parse_sessions
 
     what = CloudBench(
@@ -193,7 +174,7 @@ def cloud(
     )
     with progress_bar() as progress:
         report = bench_cloud(what, progress)
-    _print(report, as_json=json)
+    print_report(report, as_json=json)
 
 
 @app.command()
@@ -217,7 +198,7 @@ def recovery(
     pack = provide_pack(settings)
     what = RecoveryBench(
         model=settings.text("model") or "",
-        rtts_ms=_numbers("--rtt-ms", rtt_ms, "milliseconds by commas, for example 0,50"),
+        rtts_ms=numbers("--rtt-ms", rtt_ms, "milliseconds by commas, for example 0,50"),
         rounds=rounds,
         split=_inner_split(split, pack.spec.num_layers),
         prompt_tokens=prompt_tokens,
@@ -226,7 +207,7 @@ def recovery(
     )
     with progress_bar() as progress:
         report = bench_recovery(pack, what, progress)
-    _print(report, as_json=json)
+    print_report(report, as_json=json)
 
 
 def _inner_split(split: int | None, num_layers: int) -> int:
@@ -241,26 +222,3 @@ _MEASURED_ONLY = {
     "sessions", "prompt_tokens", "output_tokens", "rounds", "device", "random_weights", "peer",
 }  # fmt: skip
 _SIMULATED_ONLY = {"requests", "seed", "loads"}
-
-
-def _given(context: typer.Context) -> set[str]:
-    """The parameters that the command line names."""
-    sources = {name: context.get_parameter_source(name) for name in context.params}
-    return {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
-
-
-def _refuse(names: set[str], why: str) -> None:
-    """What would not be honoured is not taken silently."""
-    if names:
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(names))
-        raise ConfigError(f"{flags}: no meaning {why}", hint="leave it out")
-
-
-def _numbers(flag: str, text: str, hint: str) -> tuple[float, ...]:
-    try:
-        values = tuple(float(part) for part in text.split(",") if part.strip())
-    except ValueError:
-        values = ()
-    if not values or not all(0 <= value < 10_000 for value in values):
-        raise ConfigError(f"{flag} {text!r}", hint=hint)
-    return values

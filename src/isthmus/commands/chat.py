@@ -15,26 +15,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
 
-from isthmus.commands.generate import decision_table, make_request, result_json, summary_line
-from isthmus.commands.options import (
-    BitsOption,
-    CloudOption,
-    CodecOption,
-    FallbackOption,
-    HistoryOption,
-    KeyFileOption,
-    MaxTokensOption,
-    ReconnectOption,
-    RouteOption,
-    SeedOption,
-    ShapeOption,
-    SplitOption,
-    TemperatureOption,
-    TlsCaOption,
-    TlsClientCertOption,
-    TlsClientKeyOption,
-)
-from isthmus.commands.output import JsonFlag, ModelOption, err, out, print_json, write_text
+from isthmus.commands.explain import explanation
+from isthmus.commands.generate import make_request, result_json, summary_line
+from isthmus.commands.options import ANSWER, CLOUD, ROUTER, WAY, Flags, SeedOption, with_flags
+from isthmus.commands.output import JsonFlag, err, out, print_json, write_text
 from isthmus.commands.setup import provide_pack, running_agent
 from isthmus.config import Settings
 from isthmus.protocol.errors import IsthmusError
@@ -56,36 +40,12 @@ HELP = """\
 /quit                             leave (so does Ctrl-D); Ctrl-C stops a reply"""
 
 
-def chat(
-    model: ModelOption = None,
-    bits: BitsOption = None,
-    route: RouteOption = None,
-    split: SplitOption = None,
-    shape: ShapeOption = None,
-    codec: CodecOption = None,
-    cloud: CloudOption = None,
-    api_key_file: KeyFileOption = None,
-    tls_ca: TlsCaOption = None,
-    tls_client_cert: TlsClientCertOption = None,
-    tls_client_key: TlsClientKeyOption = None,
-    fallback: FallbackOption = None,
-    reconnect_s: ReconnectOption = None,
-    history_mb: HistoryOption = None,
-    max_tokens: MaxTokensOption = None,
-    temperature: TemperatureOption = None,
-    seed: SeedOption = None,
-    json: JsonFlag = False,
-) -> None:
+@with_flags(WAY, CLOUD, ROUTER, ANSWER)
+def chat(flags: Flags, seed: SeedOption = None, json: JsonFlag = False) -> None:
     """Chat in the terminal, over the edge, the cloud, or both.
 
     With --json the conversation runs on stderr, and stdout gets it as one object at its end.
     """
-    flags: dict[str, object] = {
-        "model": model, "bits": bits, "route": route, "split": split, "shape": shape, "codec": codec,
-        "cloud": cloud, "api_key_file": api_key_file, "tls_ca": tls_ca, "tls_client_cert": tls_client_cert,
-        "tls_client_key": tls_client_key, "fallback": fallback, "reconnect_s": reconnect_s,
-        "history_mb": history_mb, "max_tokens": max_tokens, "temperature": temperature,
-    }  # fmt: skip
     pack = provide_pack(Settings(flags))
     conversation = _Conversation(pack, flags, seed, json)
     conversation.run()
@@ -118,7 +78,7 @@ class _Conversation:
     The terminal is read in the main thread, where Ctrl-C arrives; the agent lives in a loop of its own.
     """
 
-    def __init__(self, pack: Pack, flags: dict[str, object], seed: int | None, json: bool) -> None:
+    def __init__(self, pack: Pack, flags: Flags, seed: int | None, json: bool) -> None:
         from isthmus.edge.chat import ChatTemplate
 
         self.pack, self.flags, self.seed, self.json = pack, flags, seed, json
@@ -194,7 +154,7 @@ class _Conversation:
             case "/stats":
                 self.tell(summary_line(*self.last) if self.last else "no reply yet")
             case "/explain":
-                self.screen.print(decision_table(self.last[0].decision) if self.last else "no reply yet")
+                self.screen.print(explanation(self.last[0].decision) if self.last else "no reply yet")
             case "/save":
                 path = Path(value or "conversation.json").expanduser()
                 text = json_module.dumps(self.messages, ensure_ascii=False, indent=2)

@@ -5,43 +5,28 @@ from __future__ import annotations
 import asyncio
 import sys
 from contextlib import aclosing
-from itertools import groupby
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
-from rich.text import Text
 
-from isthmus.commands.options import (
-    BitsOption,
-    CloudOption,
-    CodecOption,
-    FallbackOption,
-    HistoryOption,
-    KeyFileOption,
-    MaxTokensOption,
-    ReconnectOption,
-    RouteOption,
-    SeedOption,
-    ShapeOption,
-    SplitOption,
-    TemperatureOption,
-    TlsCaOption,
-    TlsClientCertOption,
-    TlsClientKeyOption,
-)
-from isthmus.commands.output import JsonFlag, ModelOption, err, human_bytes, print_json, write_text
+from isthmus.commands.explain import explanation
+from isthmus.commands.options import ANSWER, CLOUD, ROUTER, WAY, Flags, SeedOption, with_flags
+from isthmus.commands.output import JsonFlag, err, human_bytes, print_json, write_text
 from isthmus.commands.setup import provide_pack, running_agent
 from isthmus.config import Settings
 from isthmus.protocol.errors import IsthmusError, RequestError
 
 if TYPE_CHECKING:
     from isthmus.edge.api_models import Ask
-    from isthmus.edge.requests import Candidate, Decision, Finished, GenerateRequest, Started
+    from isthmus.edge.requests import Finished, GenerateRequest, Started
     from isthmus.splitter.pack import Pack
 
+WARM_S = 2.0
 
+
+@with_flags(WAY, CLOUD, ROUTER, ANSWER)
 def run(
+    flags: Flags,
     prompt: Annotated[
         str,
         typer.Argument(
@@ -49,41 +34,17 @@ def run(
             metavar="PROMPT",
         ),
     ],
-    model: ModelOption = None,
-    bits: BitsOption = None,
-    route: RouteOption = None,
-    split: SplitOption = None,
-    shape: ShapeOption = None,
-    codec: CodecOption = None,
-    cloud: CloudOption = None,
-    api_key_file: KeyFileOption = None,
-    tls_ca: TlsCaOption = None,
-    tls_client_cert: TlsClientCertOption = None,
-    tls_client_key: TlsClientKeyOption = None,
-    fallback: FallbackOption = None,
-    reconnect_s: ReconnectOption = None,
-    history_mb: HistoryOption = None,
-    max_tokens: MaxTokensOption = None,
-    temperature: TemperatureOption = None,
     seed: SeedOption = None,
     raw: Annotated[
         bool, typer.Option("--raw", help="Give the prompt to the model as it is, without its chat template.")
     ] = False,
     explain: Annotated[
-        bool, typer.Option("--explain", help="Print the decision and its candidates.")
+        bool, typer.Option("--explain", help="Print the decision: every way, what it takes, and why.")
     ] = False,
     json: JsonFlag = False,
 ) -> None:
     """Answer one prompt: here, split over two machines, or in the cloud."""
-    settings = Settings(
-        {
-            "model": model, "bits": bits, "route": route, "split": split, "shape": shape, "codec": codec,
-            "cloud": cloud, "api_key_file": api_key_file, "tls_ca": tls_ca,
-            "tls_client_cert": tls_client_cert, "tls_client_key": tls_client_key, "fallback": fallback,
-            "reconnect_s": reconnect_s, "history_mb": history_mb, "max_tokens": max_tokens,
-            "temperature": temperature,
-        }
-    )  # fmt: skip
+    settings = Settings(flags)
     text = read_stdin() if prompt == "-" else prompt
     pack = provide_pack(settings)
     request = make_request(pack, settings, prompt_ids(pack, text, raw=raw), seed)
@@ -92,7 +53,7 @@ def run(
         print_json(result_json(request, started, finished))
         return
     if explain:
-        err.print(decision_table(started.decision))
+        err.print(explanation(started.decision))
     err.print(summary_line(started, finished), style="dim", markup=False)
 
 
@@ -147,17 +108,26 @@ def make_request(pack: Pack, settings: Settings, ids: list[int], seed: int | Non
         shape=how.shape,
         row_format=how.codec,
         fallback=how.fallback or "any",
+        slo=how.expected(),
+        max_cost_usd=how.max_cost_usd,
     )
 
 
 def asked_way(settings: Settings) -> Ask:
-    """Route, K, shape and codec: flags over what is set. A K in config.toml forbids no `--route local`."""
-    from isthmus.edge.api_models import Ask
+    """Route, K, shape, codec and what is expected: flags over what is set. A K in config.toml forbids no
+    `--route local`."""
+    from isthmus.edge.api_models import Ask, SloAsk
 
-    ways = {name: settings.resolve(name) for name in Ask.model_fields}
-    flags = {name: way.value for name, way in ways.items() if way.origin == "flag"}
-    stored = {name: way.value for name, way in ways.items() if way.origin != "flag"}
-    return Ask.model_validate(flags).over(Ask.model_validate(stored))
+    def said(*, by_flag: bool) -> Ask:
+        def value(name: str) -> object:
+            resolved = settings.resolve(name)
+            return resolved.value if (resolved.origin == "flag") is by_flag else None
+
+        slo = {name: value(f"slo_{name}") for name in SloAsk.model_fields}
+        way = {name: value(name) for name in Ask.model_fields if name != "slo"}
+        return Ask.model_validate({**way, "slo": SloAsk.model_validate(slo)})
+
+    return said(by_flag=True).over(said(by_flag=False))
 
 
 async def _generate(
@@ -166,17 +136,22 @@ async def _generate(
     from isthmus.edge.requests import Finished, Started, Token
 
     started: Started | None = None
-    async with running_agent(pack, settings) as agent, aclosing(agent.generate(request)) as events:
-        async for event in events:
-            if isinstance(event, Started):
-                started = event
-            elif isinstance(event, Token) and stream:
-                write_text(event.text)
-            elif isinstance(event, Finished):
-                if stream:
-                    write_text(event.tail + "\n")
-                assert started is not None
-                return started, event
+    async with running_agent(pack, settings) as agent:
+        open_way = request.split is None and request.route in ("auto", "split")
+        if open_way and settings.texts("cloud"):
+            # A router that has not seen the cloud yet would reckon with guesses, and this process asks once.
+            await agent.warm(timeout_s=WARM_S)
+        async with aclosing(agent.generate(request)) as events:
+            async for event in events:
+                if isinstance(event, Started):
+                    started = event
+                elif isinstance(event, Token) and stream:
+                    write_text(event.text)
+                elif isinstance(event, Finished):
+                    if stream:
+                        write_text(event.tail + "\n")
+                    assert started is not None
+                    return started, event
     raise IsthmusError("the agent ended without a last event", hint="report this; it is a fault of the agent")
 
 
@@ -224,29 +199,3 @@ def _way(at: Started | Finished) -> str:
         at.route, f"{at.split} layers here, shape {at.shape}"
     )
     return f"{at.route} ({where})"
-
-
-def decision_table(decision: Decision) -> Table:
-    """The decision with its candidates and the first constraint each broke; neighbouring splits that share
-    their fate share a line."""
-    title = Text(f"{decision.route}: {decision.reason}")
-    table = Table("route", "layers here", "shape", "feasible", "why not", title=title)
-
-    def fate(candidate: Candidate) -> tuple[object, ...]:
-        taken = (candidate.route, candidate.split) == (decision.route, decision.split)
-        return (
-            candidate.route,
-            candidate.shape,
-            candidate.feasible,
-            candidate.violated,
-            candidate.detail,
-            taken,
-        )
-
-    for (route, shape, feasible, violated, detail, taken), group in groupby(decision.candidates, fate):
-        splits = [candidate.split for candidate in group]
-        layers = str(splits[0]) if len(splits) == 1 else f"{splits[0]} … {splits[-1]}"
-        why = ": ".join(str(part) for part in (violated, detail) if part)
-        row = (route, layers, shape or "–", "yes" if feasible else "no", why)
-        table.add_row(*(Text(str(cell)) for cell in row), style="bold" if taken else None)
-    return table

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import selectors
 import signal
+import sys
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 
-from isthmus.commands.output import JsonFlag, out, print_json
+from isthmus.commands.output import JsonFlag, out, print_error, print_json
+from isthmus.protocol.errors import ConfigError
 from isthmus.relay import FaultScript, Happened, LinkShape, Relay, Trace, parse_address
+from isthmus.relay.control import Lines, obey
+
+READ_BYTES: Final = 4096
 
 
 def relay(
@@ -45,6 +52,14 @@ def relay(
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the jitter and of the faults.")] = 0,
+    control: Annotated[
+        bool,
+        typer.Option(
+            "--control",
+            help="Take changes from standard input while it runs, one per line: `shape RTT_MS UP_MBPS "
+            "DOWN_MBPS` (0 Mbit/s = no limit). Each is answered with a line on standard output.",
+        ),
+    ] = False,
     json: JsonFlag = False,
 ) -> None:
     """Pass TCP connections on through an emulated link, until interrupted. Faults are told on stderr."""
@@ -57,6 +72,18 @@ def relay(
         script=None if faults is None else FaultScript.load(faults),
     )
     line.faults.on_fault = _tell
+    lines = Lines()
+
+    def obey_input() -> None:
+        """What standard input has; called when it has something, or has ended."""
+        data = os.read(sys.stdin.fileno(), READ_BYTES)
+        if not data:
+            asyncio.get_running_loop().remove_reader(sys.stdin.fileno())
+        for command in lines.feed(data):
+            try:
+                _told(obey(command, line), as_json=json)
+            except ConfigError as error:
+                print_error(error.to_dict(), as_json=json)
 
     async def serve() -> None:
         host, port = await line.start()
@@ -67,12 +94,22 @@ def relay(
         stop = asyncio.Event()
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        if control:
+            asyncio.get_running_loop().add_reader(sys.stdin.fileno(), obey_input)
         await stop.wait()
         await line.aclose()
 
     # select() waits to the microsecond; the default loop's epoll rounds every delay up to a millisecond.
     with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(selectors.SelectSelector())) as runner:
         runner.run(serve())
+
+
+def _told(shape: LinkShape, *, as_json: bool) -> None:
+    if as_json:
+        print_json({"shape": asdict(shape)})
+    else:
+        figures = f"RTT {shape.rtt_ms:g} ms, {shape.up_mbps:g} Mbit/s up, {shape.down_mbps:g} down"
+        out.print(f"shape: {figures}", markup=False, soft_wrap=True)
 
 
 def _tell(happened: Happened) -> None:

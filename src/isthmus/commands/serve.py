@@ -14,23 +14,10 @@ from typing import Annotated, Any
 import typer
 
 from isthmus.commands.generate import asked_way
-from isthmus.commands.options import (
-    BitsOption,
-    CloudOption,
-    CodecOption,
-    FallbackOption,
-    HistoryOption,
-    KeyFileOption,
-    ReconnectOption,
-    RouteOption,
-    ShapeOption,
-    SplitOption,
-    TlsCaOption,
-    TlsClientCertOption,
-    TlsClientKeyOption,
-)
+from isthmus.commands.options import CLOUD, ROUTER, WAY, Flags, with_flags
 from isthmus.commands.output import JsonFlag, ModelOption, out, print_error, print_json, progress_bar
-from isthmus.commands.setup import agent_options, provide_pack
+from isthmus.commands.prices import PRICES, asked_prices
+from isthmus.commands.setup import agent_options, provide_pack, routing_options
 from isthmus.config import Settings
 from isthmus.protocol.addresses import check_bind
 from isthmus.protocol.errors import ConfigError
@@ -69,21 +56,9 @@ def announce(kind: str, *, as_json: bool) -> Callable[[str], None]:
 
 
 @app.command()
+@with_flags(WAY, CLOUD, ROUTER)
 def edge(
-    model: ModelOption = None,
-    bits: BitsOption = None,
-    cloud: CloudOption = None,
-    api_key_file: KeyFileOption = None,
-    tls_ca: TlsCaOption = None,
-    tls_client_cert: TlsClientCertOption = None,
-    tls_client_key: TlsClientKeyOption = None,
-    fallback: FallbackOption = None,
-    reconnect_s: ReconnectOption = None,
-    history_mb: HistoryOption = None,
-    route: RouteOption = None,
-    split: SplitOption = None,
-    shape: ShapeOption = None,
-    codec: CodecOption = None,
+    flags: Flags,
     provider: Annotated[
         str | None, typer.Option("--provider", help="cpu, cuda, tensorrt, coreml, …", metavar="NAME")
     ] = None,
@@ -114,22 +89,18 @@ def edge(
     from isthmus.edge.chat import ChatTemplate
     from isthmus.edge.server import check_edge, serve_edge
 
-    settings = Settings(
-        {
-            "model": model, "bits": bits, "cloud": cloud, "api_key_file": api_key_file, "route": route,
-            "split": split, "shape": shape, "codec": codec, "provider": provider, "threads": threads,
-            "memory_mb": memory_mb, "parallel": parallel, "queue": queue, "serve_key_file": serve_key_file,
-            "tls_ca": tls_ca, "tls_client_cert": tls_client_cert, "tls_client_key": tls_client_key,
-            "fallback": fallback, "reconnect_s": reconnect_s, "history_mb": history_mb,
-        }
-    )  # fmt: skip
+    own: Flags = {
+        "provider": provider, "threads": threads, "memory_mb": memory_mb, "parallel": parallel,
+        "queue": queue, "serve_key_file": serve_key_file,
+    }  # fmt: skip
+    settings = Settings(flags | own)
     keys = settings.text("serve_key_file")
     key_file = None if keys is None else Path(keys)
     check_edge(host, key_file=key_file, tls_cert=tls_cert, tls_key=tls_key, insecure=insecure)
     pack = provide_pack(settings)
     served = ServedModel(
         name=served_name(settings.text("model") or ""),
-        agent=Agent(pack, **agent_options(settings)),
+        agent=Agent(pack, routing=routing_options(pack, settings), **agent_options(settings)),
         template=ChatTemplate.from_pack(pack),
         defaults=pack.generation(),
         ask=asked_way(settings),
@@ -157,7 +128,9 @@ def served_name(model: str) -> str:
 
 
 @app.command()
+@with_flags(PRICES)
 def cloud(
+    flags: Flags,
     model: ModelOption = None,
     device: Annotated[
         str | None, typer.Option("--device", help="auto, cpu or cuda.", metavar="DEVICE")
@@ -223,7 +196,8 @@ def cloud(
     from isthmus.splitter.sources import pull
 
     settings = Settings(
-        {
+        flags
+        | {
             "model": model,
             "device": device,
             "precision": precision,
@@ -240,6 +214,7 @@ def cloud(
             "tenant_resumes_per_min": tenant_resumes_per_min,
         }
     )
+    prices = asked_prices(settings)
     try:
         from isthmus.cloud.serve import run_cloud
     except ModuleNotFoundError as error:
@@ -277,6 +252,7 @@ def cloud(
         tenant_kv_mb=settings.number("tenant_kv_mb"),
         tenant_tokens_per_s=settings.real("tenant_tokens_per_s"),
         tenant_resumes_per_min=settings.number("tenant_resumes_per_min"),
+        prices=prices,
         ready=announce("cloud", as_json=json),
     )
 
