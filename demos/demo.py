@@ -177,6 +177,9 @@ def main() -> None:
             console.print("  K: layers on the edge + layers in the cloud; first: time to the first token")
             if not all("Paris" in answer for answer in answers):
                 sys.exit("an answer does not name Paris")
+            tell("asking once more, and the router decides")
+            how = ask(edge, "auto", None)["isthmus"]
+            console.print(f"  {how['decision']['reason']}; it took {how['timings']['total_s']:.2f} s")
             tell(f"killing the cloud in the middle of an answer: {LONG_QUESTION}")
             lose_the_cloud(edge, layers // 2, process)
             if not (sys.stdin.isatty() and sys.stdout.isatty()):
