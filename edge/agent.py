@@ -22,7 +22,7 @@ from isthmus.edge.history import HistoryBudget
 from isthmus.edge.jobs import Jobs
 from isthmus.edge.keeper import Keeper
 from isthmus.edge.legs import Legs, Means
-from isthmus.edge.link import CloudLink
+from isthmus.edge.link import CloudLink, hello_of
 from isthmus.edge.placement import Counts, Placement
 from isthmus.edge.pulse import pulse
 from isthmus.edge.recovery import RecoveryConfig
@@ -43,7 +43,6 @@ from isthmus.edge.router import decide
 from isthmus.edge.routing import KV_DTYPE_BYTES, EdgeUse, Routing, RoutingOptions
 from isthmus.edge.running import Running, StillFeasible
 from isthmus.edge.slots import Slots
-from isthmus.protocol.activations import RowFormat
 from isthmus.protocol.errors import (
     CloudUnreachableError,
     IsthmusError,
@@ -52,9 +51,7 @@ from isthmus.protocol.errors import (
     RequestError,
     RouteInfeasibleError,
 )
-from isthmus.protocol.frames import VERSION
 from isthmus.protocol.limits import Limits
-from isthmus.protocol.messages import Hello
 
 if TYPE_CHECKING:
     from isthmus.splitter.cache import KVCache
@@ -126,13 +123,7 @@ class Agent:
         )
         self._counts = Counts()
         self._totals = {"requests": 0, "finished": 0, "failed": 0, "cancelled": 0, "tokens": 0}
-        hello = Hello(
-            versions=(VERSION,),
-            identity=pack.identity,
-            edge_precision=pack.scheme,
-            row_formats=tuple(form.value for form in RowFormat),
-            client="isthmus-edge",
-        )
+        hello = hello_of(pack, "isthmus-edge")
         self._clouds = Clouds(cloud_urls, hello, api_key=api_key, limits=limits, ssl_context=ssl_context)
         self.routing = Routing(
             pack,
@@ -207,7 +198,6 @@ class Agent:
                 running.use(decision)
                 self._running.append(running)
                 self.routing.begin(request, inputs, decision)
-                self._residency.consider(inputs)
                 try:
                     yield Started(
                         request.request_id, decision, decision.route, decision.split, decision.shape
@@ -224,6 +214,7 @@ class Agent:
                 finally:
                     self._running.remove(running)
                     self.routing.end(request, inputs, decision, running.finished, num_out=running.num_out)
+                    self._residency.consider(inputs)  # not before: no token waits for it
         except IsthmusError:
             outcome = "failed"
             raise

@@ -7,11 +7,8 @@ from dataclasses import dataclass
 from time import monotonic
 from typing import TYPE_CHECKING
 
-from isthmus.edge.link import CloudLink
-from isthmus.protocol.activations import RowFormat
+from isthmus.edge.link import CloudLink, hello_of
 from isthmus.protocol.errors import RejectedError
-from isthmus.protocol.frames import VERSION
-from isthmus.protocol.messages import Hello
 from isthmus.splitter.links import LinkView
 from isthmus.splitter.situation import CloudState
 
@@ -39,14 +36,7 @@ async def ask_cloud(
 
     Raises what CloudLink's `connect` and `probe` do; RejectedError (`no_cloud_profile`) where the cloud tells
     no profile of itself."""
-    hello = Hello(
-        versions=(VERSION,),
-        identity=pack.identity,
-        edge_precision=pack.scheme,
-        row_formats=tuple(form.value for form in RowFormat),
-        client="isthmus-plan",
-    )
-    link = CloudLink(url, hello, api_key=api_key, ssl_context=ssl_context)
+    link = CloudLink(url, hello_of(pack, "isthmus-plan"), api_key=api_key, ssl_context=ssl_context)
     try:
         welcome = await link.connect()
         if welcome.profile is None:

@@ -59,7 +59,8 @@ class Keeper:
         while True:
             await asyncio.gather(*(self._look(link) for link in self._clouds.links))
             if monotonic() - self._used_at < IN_USE_S:
-                await self._look_here()
+                with suppress(IsthmusError):  # a block that cannot be loaded: who needs it will be told
+                    await self._look_here()
             await asyncio.sleep(LOOK_EVERY_S)
 
     async def _look(self, link: CloudLink) -> None:

@@ -27,6 +27,7 @@ from isthmus.edge.link_probe import probe_link
 from isthmus.edge.link_session import LinkSession
 from isthmus.edge.tls import tls_error
 from isthmus.edge.wire import Wire
+from isthmus.protocol.activations import RowFormat
 from isthmus.protocol.addresses import is_loopback
 from isthmus.protocol.errors import (
     CloudLostError,
@@ -36,7 +37,7 @@ from isthmus.protocol.errors import (
     RejectedError,
 )
 from isthmus.protocol.events import SessionResumed
-from isthmus.protocol.frames import HEADER_BYTES
+from isthmus.protocol.frames import HEADER_BYTES, VERSION
 from isthmus.protocol.limits import Limits
 from isthmus.protocol.messages import CanaryResult, Hello, Load, Open, Welcome
 from isthmus.splitter.links import LinkView
@@ -44,6 +45,8 @@ from isthmus.splitter.links import LinkView
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+    from isthmus.splitter.pack import Pack
 
 SUBPROTOCOL: Final = Subprotocol("isthmus.v1")
 PATH: Final = "/v1/session"
@@ -83,6 +86,17 @@ def check_url(url: str, api_key: str | None) -> str:
             hint="use wss://, or an SSH tunnel to loopback",
         )
     return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/') or PATH}"
+
+
+def hello_of(pack: Pack, client: str) -> Hello:
+    """How an edge with `pack` introduces itself to a cloud."""
+    return Hello(
+        versions=(VERSION,),
+        identity=pack.identity,
+        edge_precision=pack.scheme,
+        row_formats=tuple(form.value for form in RowFormat),
+        client=client,
+    )
 
 
 class _Direct(connect):

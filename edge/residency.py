@@ -86,6 +86,9 @@ class Residency:
         world = inputs.world
         if world is None or inputs.route != "auto":
             return
+        loaded = self.state()
+        if loaded.loaded_layers == inputs.num_layers and loaded.head_loaded:
+            return  # nothing is missing, whatever would be best
         warm = replace(world, edge_state=replace(world.edge_state, loaded_layers=None, head_loaded=True))
         try:
             route, split, shape = best(replace(inputs, world=warm, pinned=None))

@@ -153,9 +153,10 @@ class CostModel:
             self._handshake_s = rounds * self.rtt_s
         # Attributes of attributes, asked for by every candidate.
         tokens = work.prompt_tokens + work.max_tokens
-        self._fixed_bytes = profile.embed_bytes + profile.scratch_bytes
+        one_layer = self.edge.weight_bytes(1, head=False)
+        self._fixed_bytes = one_layer - profile.layer_bytes
         self._layer_bytes = profile.layer_bytes + world.kv_bytes * tokens
-        self._head_bytes = profile.head_bytes
+        self._head_bytes = self.edge.weight_bytes(1, head=True) - one_layer
         loaded, self._head_loaded = world.edge_state.loaded_layers, world.edge_state.head_loaded
         self._loaded = self.num_layers if loaded is None else loaded
         self._all_loaded = loaded is None
