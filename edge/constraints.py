@@ -1,6 +1,7 @@
 """What may not be, whatever it would save: the hard constraints of a route, checked before all weighing.
 
-In this order: privacy, cloud, identity, depth, context, memory, budget. A way names the first one it breaks.
+In this order: privacy, grammar, cloud, identity, depth, context, blocks, memory, budget. A way names the
+first one it breaks.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ class RouterInputs:
     `memory_bytes` None = unlimited. `cloud_state`: "none" (not configured), "unknown" (never tried),
     "up", "down", "refused" (another model; `cloud_detail` says what differs).
     `cloud_context` None = unknown yet. `min_depth` binds privacy `activations-only`; `shape` concerns
-    splits only.
+    splits only. `layers_here`: how many layers this device has, from the first on; None = all. `head_here`:
+    whether it has the head. `grammar`: whether the answer is held to one.
 
     `world`, `work`: what predictions rest on; None where this device has no profile. `pinned`: the way that
     the conversation took last. `budget_left_usd`: what may still be spent. `residuals`: how far predictions
@@ -45,10 +47,13 @@ class RouterInputs:
     cloud_state: str = "none"
     cloud_detail: str = ""
     cloud_context: int | None = None
+    layers_here: int | None = None
+    head_here: bool = True
     route: RouteAsk = "auto"
     split: int | None = None
     shape: Shape | None = None
     privacy: Privacy = "any"
+    grammar: bool = False
     world: World | None = None
     work: Work | None = None
     slo: Slo = Slo()
@@ -61,9 +66,9 @@ class RouterInputs:
 
     @property
     def split_shape(self) -> Shape:
-        """The shape a split takes: the asked one; else U where privacy demands it, else prefix (fewer bytes
-        down, no head on the edge)."""
-        return self.shape or ("u" if self.privacy == "activations-only" else "prefix")
+        """The shape a split takes: the asked one; else U where privacy or a grammar demands it, else prefix
+        (fewer bytes down, no head on the edge)."""
+        return self.shape or ("u" if self.privacy == "activations-only" or self.grammar else "prefix")
 
     @property
     def most_usd(self) -> float | None:
@@ -93,6 +98,8 @@ def violation(
     route, split, shape = way
     if inputs.privacy != "any" and (broken := _private(inputs, route, split, shape)) is not None:
         return broken
+    if inputs.grammar and (route == "offload" or shape == "prefix"):
+        return "grammar", "the cloud samples there, and cannot be held to a grammar"
     if route != "local":
         if inputs.cloud_state == "none":
             return "cloud", "no cloud is configured"
@@ -104,6 +111,8 @@ def violation(
             return "depth", f"K = {split} is below the minimum depth {inputs.min_depth}"
         if inputs.cloud_context is not None and inputs.tokens > inputs.cloud_context:
             return "context", f"{inputs.tokens} tokens, the cloud allows {inputs.cloud_context}"
+    if (missing := _missing(inputs, split, shape)) is not None:
+        return "blocks", missing
     if inputs.memory_bytes is not None and need_bytes > inputs.memory_bytes:
         return (
             "memory",
@@ -112,6 +121,17 @@ def violation(
     # Written so that a bound of NaN refuses.
     if most_usd > 0 and allowed_usd is not None and not most_usd <= allowed_usd:
         return "budget", f"may cost ${most_usd:.3g}, ${max(0.0, allowed_usd):.3g} is allowed"
+    return None
+
+
+def _missing(inputs: RouterInputs, split: int, shape: Shape | None) -> str | None:
+    """What the way needs of the model that was not pulled to this device."""
+    here = inputs.layers_here
+    if here is not None and split > here:
+        has = f"{0}..{here - 1}" if here else "none"
+        return f"needs layers {here}..{split - 1}, this device has {has}"
+    if split and shape != "prefix" and not inputs.head_here:
+        return "needs the head, which is not on this device"
     return None
 
 

@@ -2,7 +2,8 @@
 
 Every method computes. They run in the agent's one worker thread, which also owns the cache pool, so nothing
 here needs a lock, and what is put away is not in use any more. Only `chunk` and `drawn` of one row, which
-touch no pool, may run on the event loop instead, while no other request runs (`Leg._is_short`).
+touch no pool, may run on the event loop instead, while no other request runs (`Leg._is_short`) and no grammar
+may take long over a token.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from isthmus.edge.conversation import CachePool
+from isthmus.edge.draws import Draws
 from isthmus.edge.history import Raw
 from isthmus.protocol.activations import Encoded
-from isthmus.protocol.sampling import Sampled, SamplingParams, TokenCounts, sample
+from isthmus.protocol.sampling import Sampled, SamplingParams
 
 if TYPE_CHECKING:
+    from isthmus.edge.grammar import Compiled
     from isthmus.protocol.activations import RowCodec
     from isthmus.splitter.cache import KVCache
     from isthmus.splitter.runner import BlockRunner
@@ -53,9 +56,11 @@ class EdgeHalf:
         sampling: SamplingParams,
         draws: bool,
         codec: RowCodec | None,
+        grammar: Compiled | None = None,
         make_room: Callable[[], None] = lambda: None,
     ) -> None:
         self.split = split
+        self.grammar = grammar
         self.rows_computed = 0
         self.chunk_s = inf  # how long the last chunk took, in seconds
         self.busy_s = 0.0  # computing, in seconds
@@ -69,7 +74,7 @@ class EdgeHalf:
         self._make_room = make_room
         self._cache: KVCache | None = None
         self._deeper: KVCache | None = None
-        self._counts: TokenCounts | None = None
+        self._drawing: Draws | None = None
 
     @property
     def length(self) -> int:
@@ -80,8 +85,9 @@ class EdgeHalf:
         """Find a cache and load what is missing, unless that was done. `ids` (default: the prompt): all
         tokens so far. Number of them whose rows the cache holds."""
         known = self._prompt if ids is None else ids
-        if self._draws and self._sampling.needs_context and self._counts is None:
-            self._counts = TokenCounts(self._prompt, known[len(self._prompt) :])
+        if self._draws and self._drawing is None:
+            outputs = known[len(self._prompt) :]
+            self._drawing = Draws(self._prompt, self._sampling, self.grammar, outputs)
         if self._cache is not None:
             return self._cache.length
         self._cache = self._pool.take(self.split, known) if self.split else None
@@ -136,11 +142,9 @@ class EdgeHalf:
 
     def drawn(self, hidden: Rows, index: int) -> Sampled:
         """The token of output `index` from the last of `hidden` f32[n, hidden], by norm, head and sampler."""
+        assert self._drawing is not None, "prepare() first"
         started = perf_counter()
-        logits = self._runner.head(hidden[-1:])[-1]
-        result = sample(logits, self._sampling, position=len(self._prompt) + index, counts=self._counts)
-        if self._counts is not None:
-            self._counts.add(result.token)
+        result = self._drawing.draw(self._runner.head(hidden[-1:])[-1], index)
         self.busy_s += perf_counter() - started
         return result
 
@@ -154,7 +158,7 @@ class EdgeHalf:
         """Go on with the same blocks and another part in the rest: who draws, and how rows travel."""
         self._draws = draws
         self._codec = codec
-        self._counts = None  # `prepare` counts anew: the cloud may have drawn meanwhile
+        self._drawing = None  # `prepare` makes it anew: the cloud may have drawn meanwhile
         self._make_room()
         self._runner.load(range(self.split), embed=True, head=draws)
 

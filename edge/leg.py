@@ -200,7 +200,7 @@ class Leg:
             output = await self._cloud.next()
             if isinstance(output, ResultRows):
                 hidden = self._cloud.decode(output)
-                if self._is_short():
+                if self.edge.grammar is None and self._is_short():
                     return self.edge.drawn(hidden, index), None
                 return await self._jobs.submit(lambda: self.edge.drawn(hidden, index)), None
             last = len(output.tokens) - 1

@@ -16,6 +16,7 @@ from isthmus.protocol.activations import RowCodec
 if TYPE_CHECKING:
     from isthmus.edge.canary import Canary
     from isthmus.edge.conversation import CachePool
+    from isthmus.edge.grammar import Compiled
     from isthmus.edge.jobs import Jobs
     from isthmus.edge.link import CloudLink
     from isthmus.splitter.cache import KVCache
@@ -35,8 +36,8 @@ class Means:
 
 
 class Legs:
-    """For one request. `on_use` hears of the depth, and whether the head is here, before anything is loaded;
-    `events` takes down what is worth telling."""
+    """For one request; `grammar` is its own, compiled. `on_use` hears of the depth, and whether the head is
+    here, before anything is loaded; `events` takes down what is worth telling."""
 
     def __init__(
         self,
@@ -44,6 +45,7 @@ class Legs:
         request: GenerateRequest,
         jobs: Jobs,
         *,
+        grammar: Compiled | None,
         events: list[dict[str, Any]],
         alone: Callable[[], bool],
         on_use: Callable[[Decision], None],
@@ -51,6 +53,7 @@ class Legs:
         self._means = means
         self._request = request
         self._jobs = jobs
+        self._grammar = grammar
         self._events = events
         self._alone = alone
         self._on_use = on_use
@@ -142,6 +145,7 @@ class Legs:
             sampling=request.sampling,
             draws=remote is None or decision.shape == "u",
             codec=codec,
+            grammar=self._grammar,
             make_room=self._means.make_room,
         )
 

@@ -29,6 +29,8 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 256
 MAX_END_IDS = 256
 MAX_REQUEST_ID_CHARS = 128
+MAX_SCHEMA_BYTES = 64 << 10
+MAX_LARK_BYTES = 256 << 10
 
 
 def new_request_id() -> str:
@@ -53,6 +55,38 @@ class Slo:
         return self.ttft_s is not None or self.tokens_per_s is not None
 
 
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """What an answer must match. "json_object": any JSON object (`text` is empty); "json_schema": `text` is
+    the schema as JSON; "lark": `text` is in llguidance's dialect of Lark, with `%json` before schemas in it.
+
+    RequestError `bad_grammar` for a text that is too long; what it says is looked at when it is compiled
+    (grammar.py).
+    """
+
+    kind: Literal["json_object", "json_schema", "lark"]
+    text: str = ""
+
+    def __post_init__(self) -> None:
+        most = {"json_object": 0, "json_schema": MAX_SCHEMA_BYTES, "lark": MAX_LARK_BYTES}
+        if self.kind not in most:
+            raise RequestError(
+                f"grammar kind is {self.kind!r}, allowed are {', '.join(most)}", code="bad_grammar"
+            )
+        try:
+            size = len(self.text.encode())
+        except UnicodeEncodeError as error:
+            raise RequestError(
+                "the grammar holds a lone surrogate, which is no valid Unicode", code="bad_grammar"
+            ) from error
+        if size > most[self.kind]:
+            raise RequestError(
+                f"the {self.kind} grammar has {size} bytes, at most {most[self.kind]} are taken",
+                code="bad_grammar",
+                hint="take descriptions and unused definitions out of the schema",
+            )
+
+
 @dataclass(frozen=True)
 class GenerateRequest:
     """One sequence to generate. Whatever the agent cannot honour is refused, never ignored.
@@ -69,6 +103,9 @@ class GenerateRequest:
     back, at another cloud, or on this device; "cloud": not on this device; "none": nowhere, it fails.
 
     `max_cost_usd`: a way that might cost more, if the answer took all of `max_tokens`, is not taken.
+
+    `grammar`: every token keeps to it, and an end id comes only where the answer is complete; so it needs
+    `end_ids`, and runs only where this device samples. Cut by `max_tokens` it may be incomplete.
     """
 
     prompt_ids: tuple[int, ...]
@@ -85,6 +122,7 @@ class GenerateRequest:
     fallback: Fallback = "any"
     slo: Slo = Slo()
     max_cost_usd: float | None = None
+    grammar: Grammar | None = None
     request_id: str = field(default_factory=new_request_id)
 
     def __post_init__(self) -> None:
@@ -137,6 +175,12 @@ class GenerateRequest:
         if self.max_cost_usd is not None and not (isfinite(self.max_cost_usd) and self.max_cost_usd >= 0):
             raise RequestError(
                 f"max_cost_usd is {self.max_cost_usd}, it must be 0 or more", code="bad_max_cost_usd"
+            )
+        if self.grammar is not None and not self.end_ids:
+            raise RequestError(
+                "a grammar was given and 0 end ids: the answer could not end",
+                code="bad_grammar",
+                hint="send the model's end ids with it",
             )
         if self.split is not None and self.route in ("local", "offload"):
             raise RequestError(
@@ -250,6 +294,14 @@ class Token:
 
 
 @dataclass(frozen=True)
+class Moved:
+    """Something happened to the way the request takes: `events` (as in `Finished`) are those not told yet.
+    They come when they happen, so a lost link is told before it is found again."""
+
+    events: tuple[dict[str, Any], ...]
+
+
+@dataclass(frozen=True)
 class Finished:
     """Last event. `"".join(token texts) + tail == text`. `route`, `split` and `shape` are those at the end:
     `events` says what moved the request, if anything did.
@@ -275,4 +327,4 @@ class Finished:
     observed: Observed | None = None
 
 
-AgentEvent = Started | Token | Finished
+AgentEvent = Started | Token | Moved | Finished

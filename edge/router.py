@@ -222,8 +222,10 @@ def _nothing_left(inputs: RouterInputs, asked: list[Candidate]) -> RouteInfeasib
     wanted = "no route" if inputs.route == "auto" else f"route {inputs.route} not"
     hints = {
         "privacy": "the privacy of a request is never loosened: change the request or the route",
+        "grammar": "take the route local, or split in the U-shape: there this device samples",
         "budget": "allow more money, fewer tokens, or a route on this device",
         "memory": "give the edge more memory, a smaller K, or a shorter context",
+        "blocks": "start the edge with --pull-from-cloud and a larger --split, or without it",
         "cloud": "name a reachable cloud with --cloud, or take route local",
     }
     hint = next((hints[c.violated] for c in asked if c.violated in hints), "")

@@ -5,30 +5,34 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
-from isthmus.edge.requests import Decision, Finished, GenerateRequest
+from isthmus.edge.requests import Decision, Finished, GenerateRequest, Route, Shape
 from isthmus.edge.router import decide
 from isthmus.protocol.errors import RouteInfeasibleError
 
 if TYPE_CHECKING:
     from isthmus.edge.constraints import RouterInputs
+    from isthmus.edge.grammar import Compiled
     from isthmus.edge.link import CloudLink
     from isthmus.edge.placement import Placement
 
 
 @dataclass(eq=False)
 class Running:
-    """What a running request holds: layers, whether the head, and tokens its KV may grow to."""
+    """What a running request holds: layers, whether the head, and tokens its KV may grow to; and its way."""
 
     request: GenerateRequest
     split: int
     head: bool
     tokens: int
+    grammar: Compiled | None = None
     placement: Placement | None = None
     num_out: int = 0
     finished: Finished | None = None
+    route: Route = "local"
+    shape: Shape | None = None
 
     def use(self, decision: Decision) -> None:
-        self.split = decision.split
+        self.route, self.split, self.shape = decision.route, decision.split, decision.shape
         self.head = decision.route == "local" or decision.shape == "u"
 
 

@@ -1,10 +1,11 @@
 """The sampler: penalties, filters in a stated order, one draw. The same on edge and cloud.
 
-Order: repetition penalty, then frequency and presence penalty → temperature → top-k → top-p → min-p → one
-draw. Each filter sees the distribution its predecessors left, renormalised. Tokens are ranked by descending
-score, ties by ascending id; the draw walks that ranking (inverse CDF), so it depends on nothing but the
-scores and u = uniform(seed, choice, position). Sums are in float64: two machines whose `exp` differs in the
-last bit disagree only where u falls within ~1e-15 of a border.
+Order: repetition penalty, then frequency and presence penalty → only what is allowed (by a grammar) →
+temperature → top-k → top-p → min-p → one draw. Each filter sees the distribution its predecessors left,
+renormalised. Tokens are ranked by descending score, ties by ascending id; the draw walks that ranking
+(inverse CDF), so it depends on nothing but the scores and u = uniform(seed, choice, position). Sums are in
+float64: two machines whose `exp` differs in the last bit disagree only where u falls within ~1e-15 of a
+border.
 """
 
 from __future__ import annotations
@@ -118,12 +119,18 @@ class Sampled:
 
 
 def sample(
-    logits: Scores, params: SamplingParams, *, position: int, counts: TokenCounts | None = None
+    logits: Scores,
+    params: SamplingParams,
+    *,
+    position: int,
+    counts: TokenCounts | None = None,
+    allowed: NDArray[np.bool_] | None = None,
 ) -> Sampled:
-    """Choose the token at absolute index `position` of the sequence from `logits` f32[vocab].
+    """Choose the token at absolute index `position` of the sequence from `logits` f32[vocab]; where `allowed`
+    bool[vocab] is given, among those alone.
 
     CodecError for logits that are not one finite vector; RequestError where penalties are asked for and
-    `counts` is missing.
+    `counts` is missing, or no token is allowed.
     """
     if logits.ndim != 1 or not logits.size:
         raise CodecError(f"logits have shape {list(logits.shape)}, expected [vocab]", code="bad_logits")
@@ -138,10 +145,18 @@ def sample(
         if counts is None:
             raise RequestError("penalties need the token ids so far, none were given", code="context_needed")
         scores = counts.penalise(logits, params)
+    ids = None
+    if allowed is not None:  # the rest is left out, not set to -inf: ranking it would cost milliseconds
+        ids = np.flatnonzero(allowed)
+        if not ids.size:
+            raise RequestError("no token of the vocabulary is allowed here", code="nothing_allowed")
+        scores = scores[ids]
     if params.temperature == 0:
         token = int(scores.argmax())  # the first of equals: the lowest id
     else:
         token = _draw(scores, params, uniform(params.seed, params.choice, position))
+    if ids is not None:
+        token = int(ids[token])
     if params.logprobs < 0:
         return Sampled(token)
     peak = float(logits.max())

@@ -19,7 +19,16 @@ THIRD_PARTY = {
     "splitter": SHARED
     | {"onnx_ir", "onnxruntime", "safetensors", "gguf", "tokenizers", "huggingface_hub", "psutil"},
     "edge": SHARED
-    | {"websockets", "starlette", "uvicorn", "jinja2", "prometheus_client", "structlog", "psutil"},
+    | {
+        "websockets",
+        "starlette",
+        "uvicorn",
+        "jinja2",
+        "prometheus_client",
+        "structlog",
+        "psutil",
+        "llguidance",
+    },
     "cloud": SHARED | {"torch", "starlette", "uvicorn", "prometheus_client", "structlog", "psutil"},
 }
 

@@ -276,6 +276,40 @@ def test_penalties_without_context_are_refused() -> None:
     assert caught.value.code == "context_needed"
 
 
+# -- only what is allowed ---------------------------------------------------------------------------------
+
+
+@given(distributions, filters, st.floats(0.02, 1), st.integers(0, 99), st.integers(0, 9))
+def test_among_the_allowed_as_if_there_were_no_others(
+    logits: F32, params: SamplingParams, share: float, seed: int, position: int
+) -> None:
+    allowed = np.random.default_rng(seed).random(len(logits)) < share
+    assume(allowed.any())
+    ids = np.flatnonzero(allowed)
+    for chosen in (params, GREEDY):
+        alone = sample(logits[ids], chosen, position=position).token
+        assert sample(logits, chosen, position=position, allowed=allowed).token == ids[alone]
+    everything = np.ones(len(logits), bool)
+    got = sample(logits, params, position=position, allowed=everything)
+    assert got == sample(logits, params, position=position)
+
+
+def test_penalties_know_the_tokens_by_their_ids_and_logprobs_stay_the_models() -> None:
+    logits, allowed = logits_of(9.0, 3.0, 2.5), np.array([False, True, True])
+    params = SamplingParams(temperature=0.0, presence_penalty=1.0, logprobs=2)
+    got = sample(logits, params, position=0, counts=TokenCounts([], [1]), allowed=allowed)
+    free = sample(logits, params, position=0, counts=TokenCounts([], [1]))
+    assert (got.token, free.token) == (2, 0)
+    assert got.top == free.top
+    assert got.logprob == pytest.approx(2.5 - math.log(sum(math.exp(x) for x in (9.0, 3.0, 2.5))))
+
+
+def test_nothing_allowed_is_refused() -> None:
+    with pytest.raises(RequestError) as caught:
+        sample(logits_of(1, 2), GREEDY, position=0, allowed=np.zeros(2, bool))
+    assert caught.value.code == "nothing_allowed"
+
+
 # -- logprobs ---------------------------------------------------------------------------------------------
 
 
