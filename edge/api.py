@@ -18,18 +18,25 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from isthmus.edge.agent import Agent
-from isthmus.edge.api_errors import BodyTooLargeError, FieldError, add_error_handlers
-from isthmus.edge.api_models import Ask, ChatRequest, CompletionRequest, parse_body, parse_either
+from isthmus.edge.api_body import read_body
+from isthmus.edge.api_errors import FieldError, add_error_handlers
+from isthmus.edge.api_messages import conversation
+from isthmus.edge.api_models import Ask, ChatRequest, CompletionRequest
+from isthmus.edge.api_parse import parse_body, parse_either
 from isthmus.edge.chat import ChatTemplate
+from isthmus.edge.conversations_api import ConversationsApi
+from isthmus.edge.conversations_store import ConversationStore
+from isthmus.edge.dialects import chat_dialect, completion_dialect
 from isthmus.edge.guard import Guard
 from isthmus.edge.merge import merge
-from isthmus.edge.replies import Reply, chat_dialect, completion_dialect
+from isthmus.edge.openapi_route import document_route
+from isthmus.edge.replies import Reply
+from isthmus.edge.request_ids import RequestIds
 from isthmus.edge.requests import GenerateRequest
+from isthmus.edge.snapshot import Snapshots
+from isthmus.edge.web import page_routes
 from isthmus.protocol.errors import NotFoundError
 from isthmus.protocol.keys import KeyFile
-
-# A full context of the longest models (128 Ki tokens of prose) is some 0.6 MB of text.
-MAX_BODY_BYTES = 4 * 1024 * 1024
 
 T = TypeVar("T")
 
@@ -38,7 +45,9 @@ T = TypeVar("T")
 class ServedModel:
     """The one model this agent serves, how its prompts are made, and what it was started with.
 
-    `defaults`: the pack's generation.json. `ask`: route, split … of requests that don't say.
+    `defaults`: the pack's generation.json. `ask`: route, split … of requests that don't say. `conversations`
+    None: those of the web chat are not kept. `draining` is set when the server begins to drain: what has no
+    end of its own ends then.
     """
 
     name: str
@@ -46,6 +55,8 @@ class ServedModel:
     template: ChatTemplate
     defaults: dict[str, Any]
     ask: Ask = field(default_factory=Ask)
+    conversations: ConversationStore | None = None
+    draining: asyncio.Event = field(default_factory=asyncio.Event)
     created: int = field(default_factory=lambda: int(time.time()))
 
     def check(self, asked: str | None) -> None:
@@ -72,25 +83,6 @@ class ServedModel:
                 "scheme": manifest.scheme,
             },
         }
-
-
-async def read_body(request: Request) -> bytes:
-    """The whole body, at most MAX_BODY_BYTES; a larger one is not read to its end."""
-    announced = request.headers.get("content-length", "")
-    too_large = BodyTooLargeError(
-        f"the body has {announced or 'more'} bytes, at most {MAX_BODY_BYTES} are read",
-        hint="no model's context holds as much text",
-    )
-    if announced.isdigit() and int(announced) > MAX_BODY_BYTES:
-        raise too_large
-    chunks: list[bytes] = []
-    size = 0
-    async for chunk in request.stream():
-        size += len(chunk)
-        if size > MAX_BODY_BYTES:
-            raise too_large
-        chunks.append(chunk)
-    return b"".join(chunks)
 
 
 async def unless_client_leaves(request: Request, work: Coroutine[Any, Any, T]) -> T:
@@ -149,7 +141,7 @@ class Api:
             Route("/v1/route", self.route, methods=["POST"]),
             Route("/v1/models", self.models, methods=["GET"]),
             Route("/v1/models/{name:path}", self.one_model, methods=["GET"]),
-            Route("/v1/stats", self.stats, methods=["GET"]),
+            Route("/metrics", self.metrics, methods=["GET"]),
             Route("/livez", self.livez, methods=["GET"]),
             Route("/readyz", self.readyz, methods=["GET"]),
         ]
@@ -166,7 +158,7 @@ class Api:
         for name, asked in (("stream", body.stream), ("n", (body.n or 1) > 1)):
             if asked:
                 raise FieldError(f"{name} is not honoured here: there is one decision", param=name)
-        one, *_ = await self._requests(body)
+        one, *_ = await self._requests(request, body)
         decision = await unless_client_leaves(request, self.model.agent.route(one))
         answer = {
             "route": decision.route,
@@ -178,13 +170,20 @@ class Api:
         }
         return JSONResponse(answer, headers={"x-isthmus-route": decision.route})
 
-    async def _requests(self, body: ChatRequest | CompletionRequest) -> list[GenerateRequest]:
+    async def _requests(
+        self, request: Request, body: ChatRequest | CompletionRequest
+    ) -> list[GenerateRequest]:
         """What the body asks of the agent, one request per choice."""
         self.model.check(body.model)
         # Off the event loop: megabytes of text take long to tokenise, and the other requests go on.
         template = self.model.template
+        grammar = None
         if isinstance(body, ChatRequest):
-            ids = await run_in_threadpool(template.encode, [message.plain() for message in body.messages])
+            toolbox, grammar = body.toolbox(), body.grammar()
+            if toolbox is not None:
+                grammar = toolbox.grammar(template.tool_format, template.tokenizer, grammar)
+            messages = conversation(body.messages)
+            ids = await run_in_threadpool(template.encode, messages, toolbox.tools if toolbox else ())
         elif isinstance(body.prompt, str):
             ids = await run_in_threadpool(template.encode_raw, body.prompt)
         else:
@@ -196,17 +195,20 @@ class Api:
             end_ids=spec.eos_ids,
             context=spec.context_length,
             ask=self.model.ask,
+            grammar=grammar,
+            request_id=request.state.request_id,
         )
 
     async def _answer(self, request: Request, body: ChatRequest | CompletionRequest) -> Response:
-        requests = await self._requests(body)
-        dialect = chat_dialect if isinstance(body, ChatRequest) else completion_dialect
+        requests = await self._requests(request, body)
+        form = self.model.template.tool_format
         reply = Reply(
-            dialect,
+            chat_dialect if isinstance(body, ChatRequest) else completion_dialect,
             self.model.name,
             self.model.template.tokenizer,
             requests,
             explain=body.wants_explanation(),
+            calls=form if isinstance(body, ChatRequest) and body.toolbox() else None,
         )
         events = merge(self.model.agent, requests)
         if not body.stream:
@@ -229,8 +231,8 @@ class Api:
         self.model.check(request.path_params["name"])
         return JSONResponse(self.model.card())
 
-    async def stats(self, request: Request) -> Response:
-        return JSONResponse(self.model.agent.stats())
+    async def metrics(self, request: Request) -> Response:
+        return Response(self.model.agent.telemetry.render(), media_type="text/plain; version=0.0.4")
 
     async def livez(self, request: Request) -> Response:
         return JSONResponse({"status": "alive"})
@@ -244,7 +246,12 @@ class Api:
 
 def make_app(model: ServedModel, *, only_local: bool = True, keys: KeyFile | None = None) -> Starlette:
     """The ASGI app. The agent's start and end are the caller's. `only_local`, `keys`: see `Guard`."""
-    guard = Middleware(Guard, only_local=only_local, keys=keys or KeyFile(None))
-    app = Starlette(routes=Api(model).routes(), middleware=[guard])
+    keys = keys or KeyFile(None)
+    guard = Middleware(Guard, only_local=only_local, keys=keys)
+    snapshots = Snapshots(model, conversations=model.conversations is not None)
+    kept = ConversationsApi(model.conversations)
+    routes = [*Api(model).routes(), *snapshots.routes(), *kept.routes(), *page_routes()]
+    routes.append(document_route(keys=not keys.ring.open))
+    app = Starlette(routes=routes, middleware=[Middleware(RequestIds), guard])
     add_error_handlers(app)
     return app

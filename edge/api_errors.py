@@ -10,6 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
+from isthmus.edge.request_ids import REQUEST_ID
 from isthmus.protocol.errors import IsthmusError, OverloadedError, RequestError
 
 
@@ -93,9 +94,12 @@ async def _on_client_gone(request: Request, error: Exception) -> Response:
 
 async def _on_bug(request: Request, error: Exception) -> Response:
     """A fault of ours. The client learns no more than its kind; the traceback is logged (logs.py)."""
-    return error_response(
+    response = error_response(
         IsthmusError(f"the agent failed: {type(error).__name__}", hint="its log tells more; please report it")
     )
+    # This handler stands outside of the middleware that names the other replies.
+    response.headers[REQUEST_ID] = request.state.request_id
+    return response
 
 
 def add_error_handlers(app: Starlette) -> None:

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import secrets
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from isthmus.edge.advice import sampling_params
-from isthmus.edge.api_errors import FieldError
-from isthmus.edge.requests import Fallback, GenerateRequest, Privacy, RouteAsk, RowFormatName, Shape, Slo
+from isthmus.edge.api_fields import MAX_TOOLS, ChosenTool, Closed, ResponseFormat, Tool, ToolChoice
+from isthmus.edge.api_messages import ChatMessage
+from isthmus.edge.requests import (
+    Fallback,
+    GenerateRequest,
+    Grammar,
+    Privacy,
+    RouteAsk,
+    RowFormatName,
+    Shape,
+    Slo,
+    new_request_id,
+)
+from isthmus.edge.tools import Toolbox
 from isthmus.protocol.messages import MAX_PRIORITY
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -19,40 +31,11 @@ DEFAULT_TEMPERATURE = 1.0
 DEFAULT_COMPLETION_TOKENS = 16
 
 
-class _Closed(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-
-class TextPart(_Closed):
-    """One part of a message's content; only text is understood."""
-
-    type: Literal["text"]
-    text: str
-
-
-class ChatMessage(_Closed):
-    """One message. `content` may be a string or text parts, which are joined."""
-
-    role: Literal["system", "user", "assistant"]
-    content: str | list[TextPart]
-    # In every reply, so clients send it back with the conversation; there is nothing it could hold.
-    refusal: None = None
-
-    def plain(self) -> dict[str, str]:
-        """As chat templates want it."""
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": self.role, "content": text}
-
-
-class StreamOptions(_Closed):
+class StreamOptions(Closed):
     include_usage: bool = False
 
 
-class TextFormat(_Closed):
-    type: Literal["text"]
-
-
-class SloAsk(_Closed):
+class SloAsk(Closed):
     """What is expected: the first token within `ttft_s` seconds, then at least `tokens_per_s`."""
 
     ttft_s: Finite | None = Field(default=None, gt=0)
@@ -65,7 +48,7 @@ class SloAsk(_Closed):
         )
 
 
-class Ask(_Closed):
+class Ask(Closed):
     """How a request may run: what the agent was started with, and the part of it a request may say."""
 
     route: RouteAsk | None = None
@@ -107,7 +90,7 @@ class Extension(Ask):
     explain: bool = False
 
 
-class _Generation(_Closed):
+class _Generation(Closed):
     """What chat and completions have in common. OpenAI allows null wherever there is a default."""
 
     model: str | None = None
@@ -156,9 +139,12 @@ class _Generation(_Closed):
         end_ids: tuple[int, ...],
         context: int,
         ask: Ask,
+        grammar: Grammar | None = None,
+        request_id: str = "",
     ) -> list[GenerateRequest]:
         """One GenerateRequest per choice. `defaults`: the model's generation.json; `context`: its length;
-        `ask`: what the agent was started with."""
+        `ask`: what the agent was started with; `grammar`: what the answer must match. `request_id`: that of
+        the first choice, the others' have their number behind it; "": a new one."""
         extension = self.isthmus or Extension()
         how = extension.over(ask)
         asked = {
@@ -168,6 +154,7 @@ class _Generation(_Closed):
                 "frequency_penalty",
             )
         }  # fmt: skip
+        request_id = request_id or new_request_id()
         seed = secrets.randbits(63) if self.seed is None else self.seed
         return [
             GenerateRequest(
@@ -192,6 +179,8 @@ class _Generation(_Closed):
                 priority=extension.priority,
                 slo=how.expected(),
                 max_cost_usd=how.max_cost_usd,
+                grammar=grammar,
+                request_id=f"{request_id}-{choice}" if choice else request_id,
             )
             for choice in range(self.n or 1)
         ]
@@ -204,7 +193,10 @@ class ChatRequest(_Generation):
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
-    response_format: TextFormat | None = None
+    response_format: ResponseFormat | None = None
+    tools: list[Tool] | None = Field(default=None, min_length=1, max_length=MAX_TOOLS)
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> ChatRequest:
@@ -213,6 +205,39 @@ class ChatRequest(_Generation):
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs goes with logprobs=true only")
         return self
+
+    @model_validator(mode="after")
+    def _consistent_tools(self) -> ChatRequest:
+        if self.tools is None:
+            for name in ("tool_choice", "parallel_tool_calls"):
+                if getattr(self, name) not in (None, "none"):
+                    raise ValueError(f"{name} goes with tools only")
+            return self
+        names = [tool.function.name for tool in self.tools]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"tools: two functions have the name {min(twice)!r}")
+        if isinstance(self.tool_choice, ChosenTool) and self.tool_choice.function.name not in names:
+            raise ValueError(
+                f"tool_choice: there is no function {self.tool_choice.function.name!r} among the tools"
+            )
+        return self
+
+    def grammar(self) -> Grammar | None:
+        """What the answer must match, where it is no call."""
+        return self.response_format.grammar() if self.response_format else None
+
+    def toolbox(self) -> Toolbox | None:
+        """What the model may call, or must; None: nothing. With `tool_choice` "none" it is told of no tools
+        at all."""
+        if self.tools is None or self.tool_choice == "none":
+            return None
+        only = self.tool_choice.function.name if isinstance(self.tool_choice, ChosenTool) else None
+        return Toolbox(
+            tuple(tool.plain() for tool in self.tools),
+            must=self.tool_choice == "required" or only is not None,
+            only=only,
+            many=self.parallel_tool_calls is not False,
+        )
 
     def wanted_tokens(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
@@ -232,65 +257,3 @@ class CompletionRequest(_Generation):
 
     def num_logprobs(self) -> int:
         return -1 if self.logprobs is None else self.logprobs
-
-
-T = TypeVar("T", bound=_Generation)
-
-
-class _Kind(BaseModel):
-    """Which of the two a body is; the rest of it is not looked at."""
-
-    messages: Any = None
-    prompt: Any = None
-
-
-def parse_either(body: bytes) -> ChatRequest | CompletionRequest:
-    """The body as that of a chat or a completion, by which of `messages` and `prompt` it has. FieldError as
-    `parse_body`, and for a body with neither."""
-    try:
-        said = _Kind.model_validate_json(body).model_fields_set
-    except ValidationError as error:
-        raise _field_error(ChatRequest, error) from error
-    if not said:
-        raise FieldError(
-            "the body has neither messages nor prompt",
-            param="messages",
-            hint="send the body of a chat or of a completion",
-        )
-    return parse_body(ChatRequest, body) if "messages" in said else parse_body(CompletionRequest, body)
-
-
-def parse_body(kind: type[T], body: bytes) -> T:
-    """The body as `kind`, or a FieldError naming the first offending field."""
-    try:
-        return kind.model_validate_json(body)
-    except ValidationError as error:
-        raise _field_error(kind, error) from error
-
-
-def _field_error(kind: type[_Generation], error: ValidationError) -> FieldError:
-    problems = error.errors(include_url=False, include_context=False)
-    first = problems[0]
-    where = _place(first["loc"])
-    if first["type"] == "json_invalid":
-        return FieldError(f"the body is no JSON: {first['msg']}", param="", code="invalid_json")
-    if first["type"] == "extra_forbidden":
-        return FieldError(
-            f"unknown field {where!r}",
-            param=where,
-            code="unknown_field",
-            hint=f"fields here: {', '.join(sorted(kind.model_fields))}",
-        )
-    # A field that may be one of several types is refused by each of them; what lies inside one of them tells
-    # which was meant.
-    inner = [place for p in problems if (place := _place(p["loc"])).startswith(f"{where}.")]
-    where = inner[0] if inner else where
-    reasons = dict.fromkeys(str(p["msg"]) for p in problems if _place(p["loc"]) == where)
-    return FieldError(f"{where or 'the body'}: {' or: '.join(reasons)}", param=where)
-
-
-def _place(location: tuple[int | str, ...]) -> str:
-    """`messages.0.content` from a pydantic location, without the alternatives of a union in it."""
-    return ".".join(
-        str(part) for part in location if part not in ("str", "int") and not str(part).startswith("list[")
-    )

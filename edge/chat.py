@@ -16,13 +16,13 @@ from jinja2 import Template, TemplateError
 from jinja2.exceptions import SecurityError
 
 from isthmus.edge.template_sandbox import MAX_CHARS, TemplateSandbox, budgeted_range
+from isthmus.edge.tool_prompt import Message, told_in_text
+from isthmus.edge.tools import Tool, format_of
 from isthmus.protocol.errors import RequestError
 
 if TYPE_CHECKING:
     from isthmus.splitter.pack import Pack
     from isthmus.splitter.tokenizer import Tokenizer
-
-Message = Mapping[str, Any]
 
 # What a template, or the messages it is given, may raise.
 _REFUSALS = (TemplateError, TypeError, ValueError, KeyError, OverflowError, RecursionError, MemoryError)
@@ -41,6 +41,7 @@ class ChatTemplate:
         self.source = source
         self.tokenizer = tokenizer
         self.default_system = default_system
+        self.tool_format, self._knows_tools = format_of(source)
         controls = tokenizer.special_tokens
         # Longest first, so that of two tokens that begin alike the whole one is found.
         self._controls = _any_of(controls)
@@ -62,12 +63,15 @@ class ChatTemplate:
         """Token ids of a bare prompt, begun as the model's tokeniser does; control tokens are parsed."""
         return self.tokenizer.encode(text, add_bos=True)
 
-    def encode(self, messages: Sequence[Message]) -> list[int]:
+    def encode(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> list[int]:
         """Token ids of the conversation up to where the assistant speaks next.
+
+        Messages have `role` and `content`, an assistant's may have `tool_calls` (arguments as an object), a
+        tool's `tool_call_id` and `name`. `tools`: what the model may call.
 
         Control tokens that stand in a message's text are tokenised as plain text, so no message can end
         its turn early or speak in another role. Those that a reply shows (`<think>`) stay what they are in
-        the assistant's messages: the template may look for them, and they are the model's own words.
+        the assistant's text: the template may look for them, and they are the model's own words.
         """
         mark = f"\ue000{secrets.token_hex(8)}\ue001"
         literals: list[str] = []
@@ -76,14 +80,21 @@ class ChatTemplate:
             literals.append(match[0])
             return f"{mark}{len(literals) - 1}\ue002"
 
-        def inert(message: Message) -> dict[str, Any]:
-            controls = self._hidden_controls if message.get("role") == "assistant" else self._controls
+        def inert(value: Any, controls: re.Pattern[str]) -> Any:
+            if isinstance(value, str):
+                return controls.sub(number, value)
+            if isinstance(value, Mapping):
+                return {controls.sub(number, key): inert(each, controls) for key, each in value.items()}
+            return [inert(each, controls) for each in value] if isinstance(value, Sequence) else value
+
+        def inert_message(message: Message) -> Message:
+            shown = message.get("role") == "assistant"
             return {
-                key: controls.sub(number, value) if isinstance(value, str) else value
+                key: inert(value, self._hidden_controls if shown and key == "content" else self._controls)
                 for key, value in message.items()
             }
 
-        text = self.render([inert(message) for message in messages])
+        text = self.render([inert_message(message) for message in messages], inert(tools, self._controls))
         if not literals:
             return self.tokenizer.encode(text)
         first, *rest = text.split(mark)
@@ -93,10 +104,15 @@ class ChatTemplate:
             segments += [(literals[int(digits)], False), (after, True)]
         return self.tokenizer.encode_segments(segments)
 
-    def render(self, messages: Sequence[Message]) -> str:
+    def render(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> str:
         """The conversation as text, with the opening of the assistant's turn at its end."""
         if self.default_system is not None and not (messages and messages[0].get("role") == "system"):
             messages = [{"role": "system", "content": self.default_system}, *messages]
+        names: dict[str, Any] = {}
+        if self._knows_tools:
+            names["tools"] = list(tools) or None  # as transformers has it
+        else:
+            messages = told_in_text(messages, tools)
         parts: list[str] = []
         length = 0
         try:
@@ -104,6 +120,7 @@ class ChatTemplate:
                 messages=list(messages),
                 add_generation_prompt=True,
                 range=budgeted_range(),
+                **names,
                 **self.tokenizer.template_tokens,
             ):
                 parts.append(part)

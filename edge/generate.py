@@ -16,6 +16,7 @@ from isthmus.edge.requests import (
     Finished,
     FinishReason,
     GenerateRequest,
+    Moved,
     Timings,
     Token,
 )
@@ -54,13 +55,22 @@ class Generation:
         self._busy_s = (0.0, 0.0)  # edge and cloud, up to the first token
 
     async def run(self, decision: Decision, link: CloudLink | None) -> AsyncGenerator[AgentEvent, None]:
-        """Tokens, then Finished. Closing it early cancels both halves; the edge's cache is kept."""
+        """Tokens, and Moved where something happens in between, then Finished. Closing it early cancels both
+        halves; the edge's cache is kept."""
         placement = self.placement
+        num_told = 0
         try:
             await placement.begin(decision, link)
             finish: FinishReason | None = None
             while finish is None:
-                sampled, cloud_finish = await placement.next()
+                drawn = await placement.next()
+                if len(self.events) > num_told:
+                    moved = Moved(tuple(self.events[num_told:]))
+                    num_told = len(self.events)
+                    yield moved
+                if drawn is None:
+                    continue
+                sampled, cloud_finish = drawn
                 token, finish = self._account(sampled, cloud_finish)
                 leg = placement.leg
                 assert leg is not None

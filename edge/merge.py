@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import TYPE_CHECKING
 
-from isthmus.edge.requests import AgentEvent, GenerateRequest, Started
+from isthmus.edge.requests import AgentEvent, Finished, GenerateRequest, Token
 
 if TYPE_CHECKING:
     from isthmus.edge.agent import Agent
@@ -19,8 +19,9 @@ Numbered = tuple[int, AgentEvent]
 async def merge(agent: Agent, requests: list[GenerateRequest]) -> AsyncGenerator[Numbered, None]:
     """The events of all choices as they come, each with its choice's index.
 
-    `Started` is held back until the same choice's first token: whoever waits for the first event of this
-    generator knows that generation really runs. Closing it closes every choice. The first failure ends all.
+    What comes before a choice's first token is held back until then: whoever waits for the first event of
+    this generator knows that generation really runs. Closing it closes every choice. The first failure ends
+    all.
     """
     if len(requests) == 1:
         async with aclosing(_proven(agent, requests[0])) as events:
@@ -58,14 +59,12 @@ async def merge(agent: Agent, requests: list[GenerateRequest]) -> AsyncGenerator
 
 
 async def _proven(agent: Agent, request: GenerateRequest) -> AsyncGenerator[AgentEvent, None]:
-    """The agent's events with `Started` held back until the event after it."""
-    held: Started | None = None
+    """The agent's events with those before the first token held back until then."""
+    held: list[AgentEvent] = []
+    proven = False
     async with aclosing(agent.generate(request)) as events:
         async for event in events:
-            if isinstance(event, Started):
-                held = event
-                continue
-            if held is not None:
-                yield held
-                held = None
-            yield event
+            held.append(event)
+            proven = proven or isinstance(event, Token | Finished)
+            while proven and held:
+                yield held.pop(0)

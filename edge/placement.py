@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from time import monotonic
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
+from isthmus.edge.logs import log, plain_code
 from isthmus.edge.recovery import MAX_FRUITLESS, CloudSearch, RecoveryConfig
 from isthmus.edge.requests import Decision, GenerateRequest, LinkUse
 from isthmus.protocol.errors import (
@@ -45,6 +46,11 @@ class Feasibility(Protocol):
         """RouteInfeasibleError where `decision` cannot be taken at this cloud."""
 
 
+class _Loss(NamedTuple):
+    error: IsthmusError
+    began: float
+
+
 class _Wanted(NamedTuple):
     decision: Decision
     link: CloudLink | None
@@ -56,6 +62,7 @@ class Counts:
     """How often requests had to be helped, over all requests of an agent."""
 
     resumes: int = 0
+    failed_resumes: int = 0
     failovers: int = 0
     fallbacks: int = 0
     moves: int = 0
@@ -92,6 +99,7 @@ class Placement:
         self._counts = counts
         self._halves: list[CloudHalf] = []
         self._lost: IsthmusError | None = None
+        self._to_recover: _Loss | None = None
         self._wanted: _Wanted | None = None
         self._fruitless = 0
         self._leave_at = 0.0
@@ -127,21 +135,27 @@ class Placement:
         except LOSSES as error:
             self._lost = error
 
-    async def next(self) -> Drawn:
-        """The next output. Moves where that is needed or wished; raises where nothing is left to try."""
-        while True:
-            try:
-                if (lost := self._lost) is not None:
-                    self._lost = None
-                    raise lost
-                if not self._live.has_arrived:
-                    await self._go_where_wished()
-                drawn = await self._live.next(self.index)
-            except LOSSES as error:
-                await self._recover(error)
-            else:
-                self._fruitless = 0
-                return drawn
+    async def next(self) -> Drawn | None:
+        """The next output. Moves where that is needed or wished; raises where nothing is left to try.
+
+        None: the cloud was lost, or is found again, as the last of `events` tells; the call after it goes on.
+        """
+        if (loss := self._to_recover) is not None:
+            self._to_recover = None
+            await self._recover(*loss)
+            return None
+        try:
+            if (lost := self._lost) is not None:
+                self._lost = None
+                raise lost
+            if not self._live.has_arrived:
+                await self._go_where_wished()
+            drawn = await self._live.next(self.index)
+        except LOSSES as error:
+            self._lose(error)
+            return None
+        self._fruitless = 0
+        return drawn
 
     def move(self, decision: Decision, link: CloudLink | None) -> asyncio.Future[None]:
         """Wish for another cut before the next output; done when it runs there, or failed and stays."""
@@ -188,11 +202,13 @@ class Placement:
 
     def _note(self, event: str, **details: Any) -> None:
         self._events.append({"event": event, "at_index": self.index, **details})
+        codes = {name: plain_code(details[name]) for name in ("code", "reason") if name in details}
+        log.info(event, request_id=self._request.request_id, at_index=self.index, **(details | codes))
 
     # ---- losses ----------------------------------------------------------------------------------
 
-    async def _recover(self, error: IsthmusError) -> None:
-        """Bring the request to where its next output is on its way again, or raise `error`."""
+    def _lose(self, error: IsthmusError) -> None:
+        """Note that the cloud is lost; raise `error` where that is no loss, or nobody may help."""
         leg, request = self._live, self._request
         refused = isinstance(error, OverloadedError | RejectedError)
         # A route asked for by name and refused at the start is an honest no, not a loss. A cloud that goes
@@ -202,10 +218,16 @@ class Placement:
         closed_here = error.code == "link_closed"
         if leg.remote is None or request.fallback == "none" or honest_no or closed_here:
             raise error
-        link = leg.remote.link
-        began = monotonic()
         self.disturbed = True
-        self._note("link_lost", code=error.code, cloud=link.url)
+        self._note("link_lost", code=error.code, cloud=leg.remote.link.url)
+        self._to_recover = _Loss(error, monotonic())
+
+    async def _recover(self, error: IsthmusError, began: float) -> None:
+        """Bring the request to where its next output is on its way again, or raise `error`."""
+        leg, request = self._live, self._request
+        assert leg.remote is not None
+        refused = isinstance(error, OverloadedError | RejectedError)
+        link = leg.remote.link
         await leg.settle()
         local = self._feasibility.local() if request.fallback == "any" else None
         self._fruitless += 1
@@ -235,6 +257,7 @@ class Placement:
             await leg.settle()
             if not isinstance(error, CloudError):
                 leg.remote.half.cancel(keep_history=True)  # there is nothing to come back to
+            self._counts.failed_resumes += 1
             self._note("resume_failed", code=error.code)
             return False
         self._counts.resumes += 1

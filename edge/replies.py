@@ -4,108 +4,28 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
-from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
 
 from isthmus.edge.api_errors import error_body
+from isthmus.edge.dialects import Choice, Dialect
 from isthmus.edge.digest import best_of_routes
 from isthmus.edge.merge import Numbered
-from isthmus.edge.requests import AgentEvent, Finished, GenerateRequest, Started, Token
+from isthmus.edge.requests import AgentEvent, Finished, GenerateRequest, Moved, Started, Token
+from isthmus.edge.tool_reader import AnswerReader, Piece
+from isthmus.edge.tools import ToolFormat
 from isthmus.protocol.errors import IsthmusError
 
 if TYPE_CHECKING:
     from isthmus.splitter.tokenizer import Tokenizer
 
 
-@dataclass
-class Choice:
-    """What one choice has said so far. `chars`: characters of the tokens whose logprobs were written."""
-
-    text: str = ""
-    finish_reason: str | None = None
-    tokens: list[Token] = field(default_factory=list)
-    chars: int = 0
-    started: Started | None = None
-    finished: Finished | None = None
-
-
-class Dialect(Protocol):
-    """What differs between the two endpoints."""
-
-    prefix: str
-    whole_object: str
-    chunk_object: str
-
-    def chunk(self, text: str, *, first: bool) -> dict[str, Any]: ...
-    def message(self, choice: Choice) -> dict[str, Any]: ...
-    def logprobs(self, choice: Choice, tokens: Sequence[Token], tokenizer: Tokenizer) -> dict[str, Any]: ...
-
-
-class _Chat:
-    prefix = "chatcmpl"
-    whole_object = "chat.completion"
-    chunk_object = "chat.completion.chunk"
-
-    def chunk(self, text: str, *, first: bool) -> dict[str, Any]:
-        delta = {"role": "assistant"} if first else {}
-        return {"delta": {**delta, "content": text} if text or first else delta}
-
-    def message(self, choice: Choice) -> dict[str, Any]:
-        return {"message": {"role": "assistant", "content": choice.text, "refusal": None}}
-
-    def logprobs(self, choice: Choice, tokens: Sequence[Token], tokenizer: Tokenizer) -> dict[str, Any]:
-        def entry(token: int, logprob: float | None) -> dict[str, Any]:
-            # A token may be part of a character: then only `bytes` tell it whole.
-            piece = tokenizer.token_bytes(token)
-            return {"token": piece.decode(errors="replace"), "logprob": logprob, "bytes": list(piece)}
-
-        content = [
-            {**entry(token.id, token.logprob), "top_logprobs": [entry(*pair) for pair in token.top]}
-            for token in tokens
-        ]
-        return {"content": content, "refusal": None}
-
-
-class _Completion:
-    prefix = "cmpl"
-    whole_object = "text_completion"
-    chunk_object = "text_completion"
-
-    def chunk(self, text: str, *, first: bool) -> dict[str, Any]:
-        return {"text": text}
-
-    def message(self, choice: Choice) -> dict[str, Any]:
-        return {"text": choice.text}
-
-    def logprobs(self, choice: Choice, tokens: Sequence[Token], tokenizer: Tokenizer) -> dict[str, Any]:
-        def piece(token: int) -> str:
-            return tokenizer.token_bytes(token).decode(errors="replace")
-
-        offsets = []
-        for token in tokens:
-            offsets.append(choice.chars)
-            choice.chars += len(piece(token.id))
-        return {
-            "tokens": [piece(token.id) for token in tokens],
-            "token_logprobs": [token.logprob for token in tokens],
-            # As OpenAI has it: the most probable ones, and the drawn one in any case.
-            "top_logprobs": [
-                {piece(i): logprob for i, logprob in (*token.top, (token.id, token.logprob))}
-                for token in tokens
-            ],
-            "text_offset": offsets,
-        }
-
-
-chat_dialect: Dialect = _Chat()
-completion_dialect: Dialect = _Completion()
-
-
 class Reply:
     """Builds one reply, to one request with one or more choices. `explain`: its decision lists every
-    candidate instead of the best of each route."""
+    candidate instead of the best of each route. `calls`: how calls of functions are written in the answer;
+    None: there are none."""
 
     def __init__(
         self,
@@ -115,12 +35,16 @@ class Reply:
         requests: list[GenerateRequest],
         *,
         explain: bool = False,
+        calls: ToolFormat | None = None,
     ) -> None:
         self.dialect, self.model, self.tokenizer = dialect, model, tokenizer
         self.requests = requests
         self.explain = explain
         self.wants_logprobs = requests[0].sampling.logprobs >= 0
-        self.choices = [Choice() for _ in requests]
+        self.choices = [Choice(AnswerReader(calls)) for _ in requests]
+        # Markers of calls that detokenising leaves out, and by which they are read.
+        markers = {tokenizer.special_tokens.get(text, -1): text for text in (calls.markers if calls else ())}
+        self._markers = {token: text for token, text in markers.items() if tokenizer.is_skipped(token)}
         self.created = int(time.time())
         self.id = f"{dialect.prefix}-{requests[0].request_id.removeprefix('req-')}"
 
@@ -131,21 +55,20 @@ class Reply:
         assert isinstance(event, Started)
         return event.route
 
-    def _note(self, index: int, event: AgentEvent) -> str:
-        """Take in one event; the text that it adds."""
+    def _note(self, index: int, event: AgentEvent) -> list[Piece]:
+        """Take in one event; what it adds to the answer."""
         choice = self.choices[index]
         if isinstance(event, Started):
             choice.started = event
-            return ""
-        if isinstance(event, Finished):
-            choice.finished = event
-            choice.finish_reason = event.finish_reason
-            text = event.tail
-        else:
+        elif isinstance(event, Token):
             choice.tokens.append(event)
-            text = event.text
-        choice.text += text
-        return text
+            return choice.answer.push(self._markers.get(event.id, "") + event.text)
+        elif isinstance(event, Finished):
+            choice.finished = event
+            pieces = [*choice.answer.push(event.tail), *choice.answer.finish()]
+            choice.finish_reason = choice.answer.finish_reason(event.finish_reason)
+            return pieces
+        return []
 
     def usage(self) -> dict[str, Any]:
         """OpenAI's `usage`, over all choices."""
@@ -195,7 +118,7 @@ class Reply:
         choices = [
             {
                 "index": index,
-                **self.dialect.message(choice),
+                **self.dialect.message(choice.answer),
                 "logprobs": self._logprobs(choice, choice.tokens),
                 "finish_reason": choice.finish_reason,
             }
@@ -208,39 +131,66 @@ class Reply:
         self, first: Numbered, events: AsyncGenerator[Numbered, None], *, include_usage: bool
     ) -> AsyncGenerator[str, None]:
         """The reply as server-sent events, closing with `[DONE]`; a failure on the way is the last event
-        before it. The `isthmus` object comes with the chunk that finishes the last choice."""
-        opened: set[int] = set()
+        before it. The first chunk's `isthmus` object says which way is taken, that of the chunk that finishes
+        the last choice how it went, and one in between what happened to the request just now."""
         head = self._head(self.dialect.chunk_object)
         usage_field = {"usage": None} if include_usage else {}
 
-        def chunk(index: int, event: AgentEvent, text: str) -> dict[str, Any]:
+        def chunk(
+            index: int,
+            part: dict[str, Any],
+            tokens: Sequence[Token] = (),
+            finish_reason: str | None = None,
+            isthmus: dict[str, Any] | None = None,
+        ) -> str:
+            logprobs = self._logprobs(self.choices[index], tokens)
+            body = {"index": index, **part, "logprobs": logprobs, "finish_reason": finish_reason}
+            extension = {"isthmus": isthmus} if isthmus else {}
+            return _sse({**head, "choices": [body], **usage_field, **extension})
+
+        def chunks(index: int, event: AgentEvent, way: dict[str, Any] | None = None) -> Iterator[str]:
+            pieces = self._note(index, event)
             choice = self.choices[index]
-            body = {
-                "index": index,
-                **self.dialect.chunk(text, first=index not in opened),
-                "logprobs": self._logprobs(choice, [event] if isinstance(event, Token) else []),
-                "finish_reason": choice.finish_reason,
-            }
-            opened.add(index)
-            last = all(c.finished for c in self.choices)
-            extension = {"isthmus": self.extension()} if last else {}
-            return {**head, "choices": [body], **usage_field, **extension}
+            if isinstance(event, Started):
+                yield chunk(index, self.dialect.opening(choice.answer), isthmus=way)
+            elif isinstance(event, Moved):
+                yield chunk(index, self.dialect.nothing(), isthmus={"events": list(event.events)})
+            elif isinstance(event, Token):
+                tokens = [event] if self.wants_logprobs else []
+                parts = [self.dialect.piece(piece) for piece in pieces]
+                for number, part in enumerate(parts or [self.dialect.nothing()] * len(tokens)):
+                    yield chunk(index, part, tokens if number == 0 else ())
+            else:
+                yield from (chunk(index, self.dialect.piece(piece)) for piece in pieces)
+                last = all(each.finished for each in self.choices)
+                how = self.extension() if last else None
+                nothing = self.dialect.nothing()
+                yield chunk(index, nothing, finish_reason=choice.finish_reason, isthmus=how)
 
         async with aclosing(events):
-            self._note(*first)
+            for line in chunks(*first, way=_way(first[1])):
+                yield line
             try:
                 async for index, event in events:
-                    text = self._note(index, event)
-                    silent = not text and not self.wants_logprobs
-                    if isinstance(event, Started) or (isinstance(event, Token) and silent):
-                        continue
-                    yield _sse(chunk(index, event, text))
+                    for line in chunks(index, event):
+                        yield line
             except IsthmusError as error:
                 yield _sse(error_body(error))
             else:
                 if include_usage:
                     yield _sse({**head, "choices": [], "usage": self.usage()})
         yield "data: [DONE]\n\n"
+
+
+def _way(started: AgentEvent) -> dict[str, Any]:
+    assert isinstance(started, Started), "the first event of `merge`"
+    return {
+        "route": started.route,
+        "split": started.split,
+        "shape": started.shape,
+        "request_id": started.request_id,
+        "reason": started.decision.reason,
+    }
 
 
 def _sse(body: dict[str, Any]) -> str:

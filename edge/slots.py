@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from bisect import insort
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from time import monotonic
 
 from isthmus.protocol.errors import OverloadedError
@@ -56,7 +56,8 @@ class Slots:
             await turn
         except asyncio.CancelledError:
             if turn.cancelled():
-                self._waiting.remove((priority, turn))
+                with suppress(ValueError):  # a slot became free in the same moment, and passed it by
+                    self._waiting.remove((priority, turn))
             else:  # the slot was handed over in the same moment
                 self._hand_on()
             raise

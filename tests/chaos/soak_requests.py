@@ -6,16 +6,20 @@ import random
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from isthmus.bench.recovery_round import NEAR_TIE, Unbroken, unbroken
 from isthmus.edge.agent import Agent
 from isthmus.edge.requests import GenerateRequest, new_request_id
-from isthmus.protocol.sampling import SamplingParams
+from isthmus.protocol.sampling import SamplingParams, TokenCounts, sample
 from isthmus.splitter.pack import Pack
 
 MIN_PROMPT, MAX_PROMPT = 3, 150
 MIN_TOKENS, MAX_TOKENS = 16, 96
 # Candidates per wanted request: long greedy answers of a random model come near a tie now and then.
 MAX_TRIES = 20
+# Two machines' logits differ by some 1e-5.
+LOGIT_NOISE, NOISY_DRAWS = 1e-4, 8
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,8 @@ async def make_cases(agent: Agent, pack: Pack, rng: random.Random, num_each: int
     """`num_each` requests for every way, and their unbroken answers.
 
     Recovery may compute a token elsewhere than the unbroken run did. So that every later difference is an
-    error, a greedy request whose unbroken run comes within a near-tie is replaced by another.
+    error, a request is replaced by another if its unbroken run comes within a near-tie, or draws so near the
+    border between two tokens that rounding could decide.
     """
     cases = []
     for number, way in enumerate(way for way in ways(pack.spec.num_layers) for _ in range(num_each)):
@@ -75,7 +80,7 @@ async def make_cases(agent: Agent, pack: Pack, rng: random.Random, num_each: int
                 **way,
             )
             found = await unbroken(agent, request)
-            if sampling.temperature > 0 or _is_clear(found):
+            if _is_clear(found) if sampling.temperature == 0 else _draws_clearly(agent, request, found.ids):
                 break
         else:
             raise AssertionError(f"{MAX_TRIES} prompts for {way} all came near a tie")
@@ -91,3 +96,24 @@ def _prompt(pack: Pack, rng: random.Random) -> tuple[int, ...]:
 
 def _is_clear(found: Unbroken) -> bool:
     return min(found.margins) >= NEAR_TIE
+
+
+def _draws_clearly(agent: Agent, request: GenerateRequest, ids: tuple[int, ...]) -> bool:
+    """Are these the tokens even if every logit is off by more than rounding makes it? The agent is idle."""
+    runner, prompt = agent._runner, request.prompt_ids
+    assert runner is not None
+    layers = range(agent.pack.spec.num_layers)
+    runner.load(layers, embed=True, head=True)
+    cache = runner.new_cache(layers, capacity=len(prompt) + len(ids))
+    rows = runner.forward(cache, runner.embed([*prompt, *ids[:-1]]), start_layer=0, stop_layer=len(layers))
+    cache.close()
+    noise = np.random.default_rng(0)
+    counts = TokenCounts(prompt)
+    for index, (token, logits) in enumerate(zip(ids, runner.head(rows[len(prompt) - 1 :]), strict=True)):
+        for _ in range(NOISY_DRAWS):
+            off = (logits + noise.normal(0, LOGIT_NOISE, logits.shape)).astype(np.float32)
+            drawn = sample(off, request.sampling, position=len(prompt) + index, counts=counts)
+            if drawn.token != token:
+                return False
+        counts.add(token)
+    return True

@@ -33,8 +33,8 @@ def edge_at(world: World, home: Path, *urls: str) -> Iterator[Service]:
 async def stream(
     edge: Service, world: World, way: dict[str, Any], strikes: dict[int, Callable[[], None]], **isthmus: Any
 ) -> tuple[list[str], dict[str, Any]]:
-    """The text pieces of one streamed completion, one for each token, and the extension at its end;
-    `strikes[i]` is done when i pieces are here."""
+    """The text pieces of one streamed completion, one for each token and an empty one at either end, and the
+    extension at its end; `strikes[i]` is done when i pieces are here."""
     body = {
         "prompt": list(world.references[20].prompt),
         "max_tokens": TOKENS,
@@ -55,6 +55,8 @@ async def stream(
             event = json.loads(line.removeprefix("data: "))
             assert "error" not in event, event
             extension = event.get("isthmus", extension)
+            if set(event.get("isthmus", {})) == {"events"}:  # tells what happened in between, and has no text
+                continue
             pieces.append(event["choices"][0]["text"])
             if len(pieces) in strikes:
                 strikes[len(pieces)]()

@@ -126,7 +126,7 @@ async def run(
                 assert event.id == reference.ids[event.index], f"token {event.index} is {event.id}"
                 came_s.append(time.monotonic())
                 await strike(len(came_s))
-            else:
+            elif isinstance(event, Finished):
                 finished = event
     assert started is not None
     assert finished is not None

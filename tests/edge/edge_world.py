@@ -78,7 +78,7 @@ async def collect(agent: Agent, request: GenerateRequest) -> Outcome:
             elif isinstance(event, Token):
                 assert event.index == len(tokens)
                 tokens.append(event)
-            else:
+            elif isinstance(event, Finished):
                 finished = event
     assert started is not None
     assert finished is not None

@@ -227,7 +227,7 @@ def test_choices_differ_and_the_first_is_the_only_ones(edge: LiveEdge, path: str
     assert three["usage"]["completion_tokens"] <= 3 * 24
     chunks = stream(edge, path, n=3, temperature=1, seed=11)
     assert [streamed_text(chunks, index) for index in range(3)] == texts
-    assert sum("isthmus" in chunk for chunk in chunks) == 1
+    assert ["isthmus" in chunk for chunk in chunks] == [True, *[False] * (len(chunks) - 2), True]
 
 
 # ---- logprobs --------------------------------------------------------------------------------------
@@ -286,14 +286,18 @@ def test_a_stream_says_what_the_whole_reply_says(edge: LiveEdge, path: str) -> N
     reasons = [chunk["choices"][0]["finish_reason"] for chunk in chunks]
     assert reasons == [None] * (len(chunks) - 1) + [whole["choices"][0]["finish_reason"]]
     assert not any("usage" in chunk for chunk in chunks)
-    how = chunks[-1]["isthmus"]
+    way, how = chunks[0]["isthmus"], chunks[-1]["isthmus"]
+    assert way == {
+        "route": "local", "split": 4, "shape": None, "request_id": how["request_id"],
+        "reason": how["decision"]["reason"],
+    }  # fmt: skip
     assert how.keys() == whole["isthmus"].keys()
     assert how["counts"]["completion_tokens"] == whole["usage"]["completion_tokens"]
 
 
 def test_the_role_comes_first_and_once(edge: LiveEdge) -> None:
     deltas = [chunk["choices"][0]["delta"] for chunk in stream(edge)]
-    assert deltas[0]["role"] == "assistant"
+    assert deltas[0] == {"role": "assistant", "content": "", "refusal": None}
     assert not any("role" in delta for delta in deltas[1:])
 
 
@@ -358,6 +362,7 @@ async def test_a_fault_of_ours_has_the_form_of_an_error(
     assert answer.status_code == 500
     assert answer.json()["error"]["code"] == "internal_error"
     assert answer.json()["error"]["type"] == "server_error"
+    assert answer.headers["x-request-id"].startswith("req-")
 
 
 def test_the_agents_own_route_holds_where_a_request_says_none(tiny: TinyModel) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
-from isthmus.edge.api import MAX_BODY_BYTES
+from isthmus.edge.api_body import MAX_BODY_BYTES
 from isthmus.edge.server import bind
 from isthmus.protocol.errors import ConfigError
 from tests.edge.edge_world import TinyModel, make_model
@@ -68,7 +68,7 @@ def until(edge: LiveEdge, condition: Callable[[dict[str, Any]], bool]) -> None:
         ({"temprature": 1}, "temprature", "unknown field 'temprature'"),
         ({"isthmus": {"rout": "local"}}, "isthmus.rout", "unknown field 'isthmus.rout'"),
         ({"messages": [{"role": "user", "content": "x", "nam": "y"}]}, "messages.0.nam", "unknown field"),
-        ({"tools": []}, "tools", "unknown field 'tools'"),
+        ({"logit_bias": {}}, "logit_bias", "unknown field 'logit_bias'"),
     ],
 )
 def test_an_unknown_field_is_named(edge: LiveEdge, body: dict[str, Any], param: str, said: str) -> None:
@@ -86,7 +86,7 @@ def test_an_unknown_field_is_named(edge: LiveEdge, body: dict[str, Any], param: 
         (
             {"messages": [{"role": "king", "content": "x"}]},
             "messages.0.role",
-            "'system', 'user' or 'assistant'",
+            "'system', 'developer', 'user', 'assistant', 'tool'",
         ),
         ({"messages": [{"role": "user"}]}, "messages.0.content", "required"),
         (
@@ -113,7 +113,7 @@ def test_an_unknown_field_is_named(edge: LiveEdge, body: dict[str, Any], param: 
         ({"top_logprobs": 3}, "", "logprobs=true"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "20"),
         ({"seed": 2**64}, "seed", ""),
-        ({"response_format": {"type": "json_object"}}, "response_format.type", "'text'"),
+        ({"response_format": {"type": "xml"}}, "response_format.type", "'json_object'"),
         ({"isthmus": {"route": "fast"}}, "isthmus.route", "'local'"),
         ({"isthmus": {"privacy": "none"}}, "isthmus.privacy", "'any'"),
         ({"isthmus": {"fallback": "local"}}, "isthmus.fallback", "'cloud'"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Iterator
 
 import pytest
@@ -48,6 +49,27 @@ def test_a_client_gone_in_mid_stream_ends_both_halves(
         stats = asyncio.run(cloud.pages_settle(0))
         assert (stats.sessions, stats.pages_used) == (0, 0)
         assert (edge.stats()["cancelled"], edge.stats()["running"]) == (1, 0)
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_a_loss_in_mid_stream_is_told_in_the_stream(
+    endless: TinyModel, cloud: RealCloud, way: dict[str, object]
+) -> None:
+    # So long that the cloud is not done before it is lost.
+    body = {"prompt": "hello 2", "temperature": 0, "max_tokens": 400, "stream": True, "isthmus": way}
+    with live_edge(endless.pack, cloud_urls=(cloud.url,)) as edge:
+        whole = edge.http.post(COMPLETIONS, json={**body, "stream": False, "isthmus": {"route": "local"}})
+        chunks = []
+        with edge.http.stream("POST", COMPLETIONS, json=body) as answer:
+            for line in answer.iter_lines():
+                if line.startswith("data: {"):
+                    chunks.append(json.loads(line.removeprefix("data: ")))
+                    if len(chunks) == 4:
+                        cloud.drop_connections()
+    *told, final = [chunk["isthmus"] for chunk in chunks if "isthmus" in chunk][1:]
+    assert [each["event"] for how in told for each in how["events"]] == ["link_lost", "resumed"]
+    assert [each for how in told for each in how["events"]] == final["events"]
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == whole.json()["choices"][0]["text"]
 
 
 def test_a_cloud_that_is_not_there_is_told(endless: TinyModel) -> None:

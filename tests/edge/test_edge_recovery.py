@@ -13,7 +13,7 @@ import pytest
 
 from isthmus.edge.agent import Agent
 from isthmus.edge.recovery import RecoveryConfig
-from isthmus.edge.requests import Finished, GenerateRequest, Started, Token
+from isthmus.edge.requests import AgentEvent, Finished, GenerateRequest, Moved, Started, Token
 from isthmus.protocol.edge_session import EdgeSession
 from isthmus.protocol.errors import CloudError, IsthmusError
 from isthmus.protocol.limits import Limits
@@ -75,6 +75,29 @@ async def test_a_cut_connection_is_resumed_with_the_kv(
             assert agent.stats()["resumes"] == 1
             assert agent.stats()["history_bytes"] == 0
         assert (await cloud.pages_settle(10**9)).sessions == 0
+
+
+@routes
+async def test_a_loss_is_told_before_it_is_made_good(tiny: TinyModel, route: dict[str, Any]) -> None:
+    """Whoever watches learns that the cloud is lost while it is, and then how the request went on."""
+    events: list[AgentEvent] = []
+    with real_cloud(tiny, limits=Limits(stream_window_tokens=4)) as cloud:
+        async with (
+            agent_of(tiny, cloud.url, recovery=QUICK) as agent,
+            aclosing(agent.generate(ask(prompt_of(40), 12, **route))) as source,
+        ):
+            async for event in source:
+                events.append(event)
+                if isinstance(event, Token) and event.index == 4:
+                    cloud.drop_connections()
+                    await asyncio.sleep(0.05)
+                elif isinstance(event, Moved):
+                    assert agent.stats()["resumes"] == (event.events[0]["event"] == "resumed")
+    moved = [event for event in events if isinstance(event, Moved)]
+    assert [[each["event"] for each in event.events] for event in moved] == [["link_lost"], ["resumed"]]
+    assert isinstance(events[-1], Finished)
+    assert events[-1].events == (*moved[0].events, *moved[1].events)
+    assert events.index(moved[1]) == events.index(moved[0]) + 1
 
 
 @routes
