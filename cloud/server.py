@@ -10,7 +10,7 @@ import ssl
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from dataclasses import asdict
 from types import FrameType
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import uvicorn
 from starlette.applications import Starlette
@@ -25,21 +25,31 @@ from isthmus.cloud.connection import Peer
 from isthmus.cloud.drain import DrainPolicy
 from isthmus.cloud.hub import MAX_CONNECTIONS, Hub
 from isthmus.cloud.notice import Notice, wait_for_notice
+from isthmus.cloud.pack_files import PackFiles, pack_route
 from isthmus.cloud.websocket import BoundedHTTPProtocol, BoundedWebSocketProtocol
 from isthmus.protocol.addresses import is_loopback
 from isthmus.protocol.errors import ConfigError, IsthmusError, OverloadedError, RejectedError
+
+if TYPE_CHECKING:
+    from isthmus.splitter.pack import Pack
 
 SUBPROTOCOL: Final = "isthmus.v1"
 SESSION_PATH: Final = "/v1/session"
 
 
-def make_app(hub: Hub, *, policy: DrainPolicy | None = None, only_local_hosts: bool = True) -> Starlette:
+def make_app(
+    hub: Hub,
+    *,
+    policy: DrainPolicy | None = None,
+    only_local_hosts: bool = True,
+    pack: Pack | None = None,
+) -> Starlette:
     """The application of one cloud. Starts and stops the engine's thread with its lifespan.
 
     `policy`: how it drains where the request leaves that open.
 
     `only_local_hosts`: plain requests must name a loopback host (a web page could else reach this port by
-    DNS rebinding); for servers bound to loopback.
+    DNS rebinding); for servers bound to loopback. `pack`: what edges without model files may fetch.
     """
 
     @contextlib.asynccontextmanager
@@ -64,6 +74,11 @@ def make_app(hub: Hub, *, policy: DrainPolicy | None = None, only_local_hosts: b
             return RejectedError(f"host {host!r} is not this server", code="foreign_host")
         return None
 
+    def not_allowed(request: Request) -> Response | None:
+        if (error := host_error(request)) is not None:
+            return _refuse(error, 403)
+        return _refuse(_unauthorised(), 401) if authorised(request) is None else None
+
     async def livez(_: Request) -> Response:
         return PlainTextResponse("ok")
 
@@ -79,10 +94,8 @@ def make_app(hub: Hub, *, policy: DrainPolicy | None = None, only_local_hosts: b
         return Response(hub.telemetry.render(), media_type="text/plain; version=0.0.4")
 
     async def stats(request: Request) -> Response:
-        if (error := host_error(request)) is not None:
-            return _refuse(error, 403)
-        if authorised(request) is None:
-            return _refuse(_unauthorised(), 401)
+        if (refusal := not_allowed(request)) is not None:
+            return refusal
         answer: dict[str, Any] = asdict(hub.engine.stats())
         answer["connections"] = len(hub.peers)
         answer["detached"] = hub.sessions.num_detached
@@ -116,6 +129,7 @@ def make_app(hub: Hub, *, policy: DrainPolicy | None = None, only_local_hosts: b
         Route("/metrics", metrics),
         Route("/v1/stats", stats),
         Route("/admin/drain", drain, methods=["POST"]),
+        pack_route(PackFiles(pack, hub.telemetry.registry), not_allowed, _refuse),
         WebSocketRoute(SESSION_PATH, _Endpoint(session)),
     ]
     return Starlette(routes=routes, lifespan=lifespan)
@@ -189,8 +203,9 @@ class CloudServer(uvicorn.Server):
         ready: Callable[[str], None] | None = None,
         policy: DrainPolicy | None = None,
         ssl_context: ssl.SSLContext | None = None,
+        pack: Pack | None = None,
     ) -> None:
-        """`ready` is called with the URL once connections are accepted."""
+        """`ready` is called with the URL once connections are accepted. `pack`: see `make_app`."""
         host, port = listener.getsockname()[:2]
         self._hub = hub
         self._listener = listener
@@ -201,7 +216,7 @@ class CloudServer(uvicorn.Server):
         shown = f"[{host}]" if ":" in host else host
         self.url = f"{'wss' if ssl_context else 'ws'}://{shown}:{port}"
         config = uvicorn.Config(
-            make_app(hub, policy=self._policy, only_local_hosts=is_loopback(host)),
+            make_app(hub, policy=self._policy, only_local_hosts=is_loopback(host), pack=pack),
             ws=BoundedWebSocketProtocol,
             ws_max_size=hub.limits.max_message_bytes,
             ws_per_message_deflate=False,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from time import monotonic, time
@@ -76,13 +77,15 @@ class Routing:
         self.lengths = AnswerLengths()
         self.learning = True
         self.spent_usd = 0.0
+        self.energy_j: float | None = None
+        """What requests have cost this device, as predicted for the tokens there were; None: not known."""
         self._pack = pack
         self._clouds = clouds
         self._memory = memory
         self._min_depth = min_depth
         self._row_format = row_format
         self._last_ways: LastWays[Way] = LastWays()
-        self._reserved: dict[str, float] = {}
+        self._reserved: dict[str, list[float]] = defaultdict(list)  # clients choose ids: two may be equal
 
     # ---- before ----------------------------------------------------------------------------------
 
@@ -114,10 +117,13 @@ class Routing:
             cloud_state=state,
             cloud_detail=detail,
             cloud_context=context,
+            layers_here=self._pack.layers_here,
+            head_here=self._pack.has("head"),
             route=request.route,
             split=request.split,
             shape=request.shape,
             privacy=request.privacy,
+            grammar=request.grammar is not None,
             world=self._world(request, use, link),
             work=self._work(request, use, link),
             slo=request.slo,
@@ -131,7 +137,7 @@ class Routing:
 
     def _left(self, budget_usd: float, request: GenerateRequest) -> float:
         """What running requests may still come to cost is not there to be spent."""
-        others = sum(usd for one, usd in self._reserved.items() if one != request.request_id)
+        others = sum(sum(usd) for one, usd in self._reserved.items() if one != request.request_id)
         return budget_usd - self.spent_usd - others
 
     def _world(self, request: GenerateRequest, use: EdgeUse, link: CloudLink | None) -> World | None:
@@ -178,8 +184,7 @@ class Routing:
 
     def begin(self, request: GenerateRequest, inputs: RouterInputs, decision: Decision) -> None:
         """The request runs: what it may cost is set aside, and the decision is written down."""
-        chosen = decision.chosen
-        self._reserved[request.request_id] = (chosen.most_usd or 0.0) if chosen else 0.0
+        self._reserved[request.request_id].append(_most_usd(decision))
         if self.options.decision_log is not None:
             self.options.decision_log.append(request.request_id, inputs, decision, time())
 
@@ -194,7 +199,10 @@ class Routing:
     ) -> None:
         """The request is over after `num_out` tokens; `finished` None: it failed, or its client left. What
         was computed is paid for all the same."""
-        self._reserved.pop(request.request_id, None)
+        reserved = self._reserved[request.request_id]
+        reserved.remove(_most_usd(decision))
+        if not reserved:
+            del self._reserved[request.request_id]
         ended: Way = (decision.route, decision.split, decision.shape)
         if finished is not None:
             ended = (finished.route, finished.split, finished.shape)
@@ -209,7 +217,10 @@ class Routing:
         if world is None or work is None or (ended[0] != "local" and world.cloud is None):
             return
         done = replace(work, output_tokens=float(max(1, num_out)))
-        self.spent_usd += CostModel(world, done).predict(*ended).cost_usd
+        predicted = CostModel(world, done).predict(*ended)
+        self.spent_usd += predicted.cost_usd
+        if predicted.energy_j is not None:
+            self.energy_j = (self.energy_j or 0.0) + predicted.energy_j
         if self.learning and finished is not None and finished.observed is not None:
             observed = self._completed(world, done, ended, finished.observed)
             self.calibrator.observe(world, done, ended, observed, link=self._link_now())
@@ -236,5 +247,12 @@ class Routing:
         return {
             "profile": self.options.profile is not None,
             "spent_usd": self.spent_usd,
+            "energy_j": self.energy_j,
             "observed_over_predicted": {name: getattr(factors, name) for name in factors.__slots__},
         }
+
+
+def _most_usd(decision: Decision) -> float:
+    """What the way taken may cost at most."""
+    chosen = decision.chosen
+    return (chosen.most_usd or 0.0) if chosen else 0.0

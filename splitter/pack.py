@@ -2,6 +2,7 @@
 
 <pack>/manifest.json  weights.bin  blocks/*.onnx  tokenizer.json  chat_template.jinja  generation.json
        build.json     how it was built here: measured KL, timings, the choice (not part of the identity)
+       fetched.json   in a pack pulled from a cloud: which blocks are here (see `pack_parts`)
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from isthmus.protocol.identity import ModelIdentity
 from isthmus.splitter.blocks import block_names
 from isthmus.splitter.graph_check import external_tensors
 from isthmus.splitter.manifest import BlockEntry, Manifest
+from isthmus.splitter.pack_parts import Fetched, read_fetched
 from isthmus.splitter.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -27,8 +29,9 @@ if TYPE_CHECKING:
 MANIFEST_FILE = "manifest.json"
 WEIGHTS_FILE = "weights.bin"
 BUILD_FILE = "build.json"
-_MAX_JSON = 64 << 20  # no manifest or tokeniser comes near; keeps a hostile pack from filling the memory
-_MAX_GRAPH = 16 << 20
+MAX_JSON = 64 << 20
+"""Bytes of a manifest or tokeniser. None comes near; keeps a hostile pack from filling the memory."""
+MAX_GRAPH = 16 << 20
 _CHUNK = 1 << 20
 
 
@@ -36,12 +39,14 @@ class Pack:
     """An opened pack; safe to share between threads.
 
     Opening checks the manifest, sizes and paths. Contents are hashed block by block, as `graph_bytes` is
-    asked for them, or all at once with `verify=True`.
+    asked for them, or all at once with `verify=True`. `fetched`: of a pack pulled from a cloud, what of it is
+    here; None: all.
     """
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
+    def __init__(self, path: Path, manifest: Manifest, fetched: Fetched | None = None) -> None:
         self.path = path
         self.manifest = manifest
+        self.fetched = fetched
         self.spec = ModelSpec.from_json(manifest.spec)
         self.identity: ModelIdentity = manifest.identity
         self.weights_path = path / WEIGHTS_FILE
@@ -64,7 +69,8 @@ class Pack:
                 code="no_pack",
                 hint="make one: `isthmus build`",
             )
-        pack = cls(root, Manifest.from_bytes(_read(root, MANIFEST_FILE, _MAX_JSON)))
+        manifest = Manifest.from_bytes(_read(root, MANIFEST_FILE, MAX_JSON))
+        pack = cls(root, manifest, read_fetched(root))
         pack._check_files()
         if verify:
             pack.verify()
@@ -90,6 +96,25 @@ class Pack:
         """Size of weights.bin."""
         return self.manifest.weights_bytes
 
+    def has(self, name: str) -> bool:
+        """Whether block `name` and all that it reads is here. NotFoundError for an unknown name."""
+        return all(self.fetched is None or owner in self.fetched.blocks for owner in self._owners(name))
+
+    @cached_property
+    def layers_here(self) -> int:
+        """How many layers, from the first on, this device can run: all of a pack built here."""
+        return next(
+            (i for i in range(self.spec.num_layers) if not self.has(f"layer.{i}")), self.spec.num_layers
+        )
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every block is here."""
+        return all(self.has(entry.name) for entry in self.manifest.blocks)
+
+    def _owners(self, name: str) -> tuple[str, ...]:
+        return (name, *self.block(name).needs)
+
     def block(self, name: str) -> BlockEntry:
         """The entry of one block; NotFoundError for a name the model does not have."""
         entry = self._blocks.get(name)
@@ -105,13 +130,18 @@ class Pack:
         """The ONNX model of block `name`, after it and every weight it points to were found unaltered.
 
         Each block's weights are hashed once per opened pack. Raises ModelFileError (`hash_mismatch`,
-        `bad_graph`, `path_outside_pack`).
+        `bad_graph`, `path_outside_pack`; `block_missing` where it was not pulled).
         """
+        if not self.has(name):
+            raise ModelFileError(
+                f"block {name} is not on this device: {self.path} was pulled in part",
+                code="block_missing",
+                hint="start with --pull-from-cloud and a larger --split, or without --split for all blocks",
+            )
         entry = self.block(name)
-        graph = _read(self.path, entry.graph, _MAX_GRAPH)
-        _expect_hash(entry.graph, hashlib.sha256(graph).hexdigest(), entry.graph_sha256)
-        self._check_references(entry, graph)
-        for owner in (name, *entry.needs):
+        graph = _read(self.path, entry.graph, MAX_GRAPH)
+        check_graph(self.manifest, entry, graph)
+        for owner in self._owners(name):
             self.verify_block(owner)
         return graph
 
@@ -141,8 +171,9 @@ class Pack:
             self._whole.add(name)
 
     def verify(self, names: Iterable[str] | None = None) -> None:
-        """Checks all hashes of the pack, or of the named blocks. ModelFileError at the first wrong one."""
-        for name in names if names is not None else block_names(self.spec):
+        """Checks all hashes of what is here, or of the named blocks. ModelFileError at the first wrong
+        one."""
+        for name in names if names is not None else filter(self.has, block_names(self.spec)):
             self.graph_bytes(name)
         if names is None:
             for file in self.manifest.files:
@@ -153,7 +184,7 @@ class Pack:
         expected = self.manifest.files.get(name)
         if expected is None:
             raise NotFoundError(f"the pack has no {name}", code="no_such_file", hint="the source had none")
-        data = _read(self.path, name, _MAX_JSON)
+        data = _read(self.path, name, MAX_JSON)
         _expect_hash(name, hashlib.sha256(data).hexdigest(), expected)
         return data
 
@@ -205,7 +236,7 @@ class Pack:
 
     def _check_files(self) -> None:
         root = self.path.resolve()
-        graphs = [entry.graph for entry in self.manifest.blocks]
+        graphs = [entry.graph for entry in self.manifest.blocks if self.has(entry.name)]
         for name in (WEIGHTS_FILE, *graphs, *self.manifest.files):
             file = self.path / name
             if not file.resolve().is_relative_to(root):
@@ -220,27 +251,31 @@ class Pack:
         if size != self.weights_bytes:
             raise _truncated(self.weights_path, size, self.weights_bytes)
 
-    def _check_references(self, entry: BlockEntry, graph: bytes) -> None:
-        """Each external tensor of the graph must be one the manifest places in this block or its needs."""
-        allowed = {
-            (tensor.offset, tensor.length)
-            for owner in (entry.name, *entry.needs)
-            for tensor in self.manifest.tensors[owner].values()
-        }
-        for tensor in external_tensors(graph):
-            if tensor.location != WEIGHTS_FILE:
-                raise ModelFileError(
-                    f"{entry.graph} takes {tensor.name!r} from {tensor.location!r}, not from {WEIGHTS_FILE}",
-                    code="path_outside_pack",
-                    hint="the pack was tampered with; build it again",
-                )
-            if (tensor.offset, tensor.length) not in allowed:
-                raise ModelFileError(
-                    f"{entry.graph} takes {tensor.name!r} from bytes {tensor.offset}.."
-                    f"{tensor.offset + tensor.length}, which the manifest gives to no tensor of the block",
-                    code="bad_graph",
-                    hint="the pack is damaged; build it again",
-                )
+
+def check_graph(manifest: Manifest, entry: BlockEntry, graph: bytes) -> None:
+    """Raises ModelFileError unless `graph` is the one of the manifest (`hash_mismatch`), and each of its
+    external tensors one that the manifest places in this block or its needs (`bad_graph`,
+    `path_outside_pack`)."""
+    _expect_hash(entry.graph, hashlib.sha256(graph).hexdigest(), entry.graph_sha256)
+    allowed = {
+        (tensor.offset, tensor.length)
+        for owner in (entry.name, *entry.needs)
+        for tensor in manifest.tensors[owner].values()
+    }
+    for tensor in external_tensors(graph):
+        if tensor.location != WEIGHTS_FILE:
+            raise ModelFileError(
+                f"{entry.graph} takes {tensor.name!r} from {tensor.location!r}, not from {WEIGHTS_FILE}",
+                code="path_outside_pack",
+                hint="the pack was tampered with; build it again",
+            )
+        if (tensor.offset, tensor.length) not in allowed:
+            raise ModelFileError(
+                f"{entry.graph} takes {tensor.name!r} from bytes {tensor.offset}.."
+                f"{tensor.offset + tensor.length}, which the manifest gives to no tensor of the block",
+                code="bad_graph",
+                hint="the pack is damaged; build it again",
+            )
 
 
 def _read(root: Path, name: str, limit: int) -> bytes:
@@ -261,7 +296,8 @@ def _expect_hash(what: str, found: str, expected: str) -> None:
         raise ModelFileError(
             f"{what} has sha256 {found[:16]}…, the manifest says {expected[:16]}…",
             code="hash_mismatch",
-            hint="the pack was altered or damaged on disk; build it again with `isthmus build`",
+            hint="it was altered or damaged on disk: build the pack again with `isthmus build`, or, if it"
+            " was pulled from a cloud, `isthmus rm` it and start again",
         )
 
 

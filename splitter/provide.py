@@ -14,7 +14,7 @@ from isthmus.splitter.pack import Pack
 from isthmus.splitter.pack_writer import Progress
 from isthmus.splitter.packing import parse_bits
 from isthmus.splitter.sources import pull, resolve
-from isthmus.splitter.store import model_path, pack_path
+from isthmus.splitter.store import model_path, named_pulled_pack, pack_path
 
 
 def ensure_pack(model: str, bits: str | int = "auto", *, progress: Progress | None = None) -> Pack:
@@ -33,14 +33,18 @@ def ensure_pack(model: str, bits: str | int = "auto", *, progress: Progress | No
                 hint="name the model it was built from instead of the pack",
             )
         return pack
-    cached = pack_path(model, wanted)
-    try:
-        pack = Pack.open(cached)
-        if pack.build_info.get("source_files") == _stamp(model, resolved.path):
-            return pack
-    except (NotFoundError, ModelFileError):
-        pass  # built below, which repairs a damaged pack
-    return Pack.open(build_model(model, bits, progress=progress).pack)
+    built = built_pack(model, bits)
+    if built is not None:
+        return built
+    return Pack.open(build_model(model, bits, progress=progress).pack)  # which repairs a damaged pack
+
+
+def built_pack(model: str, bits: str | int = "auto") -> Pack | None:
+    """The pack of MODEL in the cache, opened; None where it is missing, damaged or of an older source."""
+    pack = _cached(pack_path(model, parse_bits(bits)))
+    if pack is None or pack.build_info.get("source_files") != _stamp(model, resolve(model).path):
+        return None
+    return pack
 
 
 def build_model(
@@ -75,9 +79,11 @@ def describe(model: str) -> dict[str, Any]:
     """`isthmus show`: what is known of MODEL without fetching anything.
 
     {"model", "kind", "path", "spec", "packs": [{"pack", "scheme", "bits", "weights_bytes", "kl_to_source",
-    "why"}]}; `path` and `spec` are None where it was neither pulled nor built.
+    "why", "layers_here", "head_here", "pulled_from"}]}; `path` and `spec` are None where it was neither
+    pulled nor built. MODEL may be the name of a pack pulled from a cloud, as `list_models` has it.
     """
-    resolved = resolve(model)
+    pulled = named_pulled_pack(model)
+    resolved = resolve(str(pulled or model))
     if resolved.kind == "pack" and resolved.path is not None:
         packs, path = [Pack.open(resolved.path)], None
     else:
@@ -102,6 +108,9 @@ def describe(model: str) -> dict[str, Any]:
                 "weights_bytes": pack.weights_bytes,
                 "kl_to_source": pack.kl_to_source,
                 "why": pack.build_info.get("choice", {}).get("reason", ""),
+                "layers_here": pack.layers_here,
+                "head_here": pack.has("head"),
+                "pulled_from": None if pack.fetched is None else pack.fetched.source,
             }
             for pack in packs
         ],

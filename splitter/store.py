@@ -2,6 +2,7 @@
 
     <cache>/models/<slug>/…      pulled checkpoints
     <cache>/packs/<slug>-<bits>/ built packs
+    <cache>/packs/<slug>@<hash>/ packs pulled from a cloud, by the sha256 of their manifest
     <cache>/hashes.json          sha256 of files already hashed, by path, size and time of change
 
 `<cache>` is `$ISTHMUS_CACHE`, else `$XDG_CACHE_HOME/isthmus`, else `~/.cache/isthmus`.
@@ -26,6 +27,8 @@ from isthmus.splitter.atomic import exclusive, file_errors
 from isthmus.splitter.catalog import CATALOG
 
 BITS = ("auto", "4", "8", "32")
+FETCHED_FILE = "fetched.json"
+"""In the folder of a pack pulled from a cloud: what of it is here (see `pack_parts`)."""
 
 
 def cache_root() -> Path:
@@ -53,7 +56,12 @@ def slug(model: str) -> str:
         stem = re.sub(r"[^A-Za-z0-9._-]+", "-", path.stem if path.suffix == ".gguf" else path.name)
         # Two folders of one name are two models.
         return f"{stem or 'model'}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:8]}"
-    return re.sub(r"[^A-Za-z0-9._@-]+", "--", model)
+    return slug_of_name(model)
+
+
+def slug_of_name(name: str) -> str:
+    """`name` as a folder name that is safe on every file system."""
+    return re.sub(r"[^A-Za-z0-9._@-]+", "--", name)
 
 
 def model_path(model: str) -> Path:
@@ -66,6 +74,17 @@ def pack_path(model: str, bits: str | int = "auto") -> Path:
     if str(bits) not in BITS:
         raise NotFoundError(f"no packs with bits {bits!r}", hint=f"choose one of {', '.join(BITS)}")
     return cache_root() / "packs" / f"{slug(model)}-{bits}"
+
+
+def pulled_pack_path(base_name: str, manifest_sha256: str) -> Path:
+    """Where a pack pulled from a cloud lies or would lie."""
+    return cache_root() / "packs" / f"{slug_of_name(base_name)[:64].lstrip('.')}@{manifest_sha256[:16]}"
+
+
+def named_pulled_pack(name: str) -> Path | None:
+    """The folder of a pack pulled from a cloud by its name in `list_models`; None where there is none."""
+    path = cache_root() / "packs" / name
+    return path if path.name == name and "@" in name and (path / FETCHED_FILE).is_file() else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,16 +117,25 @@ def _complete(path: Path) -> bool:
 
 
 def _tree_bytes(root: Path) -> int:
-    return sum(file.stat().st_size for file in root.rglob("*") if file.is_file() and not file.is_symlink())
+    """Of a pack pulled in part, without the holes where its other blocks would be."""
+    files = [file for file in root.rglob("*") if file.is_file() and not file.is_symlink()]
+    sizes = {file: file.stat().st_size for file in files}
+    if (fetched := root / FETCHED_FILE) in sizes:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+            sizes[root / "weights.bin"] = sum(json.loads(fetched.read_bytes())["blocks"].values())
+    return sum(sizes.values())
 
 
 def remove(model: str) -> list[Path]:
-    """Deletes the pulled files and packs of MODEL from the cache and returns the folders removed.
+    """Deletes the pulled files and packs of MODEL from the cache and returns the folders removed. MODEL may
+    be the name of a pack pulled from a cloud, as `list_models` has it.
 
     A local checkpoint itself is never touched. `NotFoundError` if the cache holds nothing of MODEL.
     """
     removed: list[Path] = []
-    for path in (model_path(model), *(pack_path(model, bits) for bits in BITS)):
+    pulled = named_pulled_pack(model)
+    paths = [pulled] if pulled else [model_path(model), *(pack_path(model, bits) for bits in BITS)]
+    for path in paths:
         if not path.is_dir():
             continue
         with file_errors(str(path)), exclusive(path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ssl
 import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ from isthmus.protocol.messages import Hello, Open
 from isthmus.protocol.prefix import PrefixOffer
 from isthmus.protocol.sampling import SamplingParams
 from isthmus.splitter.checkpoint import open_checkpoint
+from isthmus.splitter.pack import Pack
 from isthmus.splitter.tokenizer import Tokenizer
 
 EventT = TypeVar("EventT")
@@ -66,8 +68,16 @@ class RunningCloud:
 
 
 @contextlib.contextmanager
-def running_cloud(prepared: Prepared, *, drain_s: float = 5.0, **more: Any) -> Iterator[RunningCloud]:
-    """Starts a cloud on a free port and stops it (without a drain) at the end. `more`: of DrainPolicy."""
+def running_cloud(
+    prepared: Prepared,
+    *,
+    drain_s: float = 5.0,
+    pack: Pack | None = None,
+    ssl_context: ssl.SSLContext | None = None,
+    **more: Any,
+) -> Iterator[RunningCloud]:
+    """Starts a cloud on a free port and stops it (without a drain) at the end. `pack`: what it offers.
+    `more`: of DrainPolicy."""
     policy = DrainPolicy(deadline_s=drain_s, **more)
     started: list[RunningCloud] = []
     is_ready = threading.Event()
@@ -75,7 +85,9 @@ def running_cloud(prepared: Prepared, *, drain_s: float = 5.0, **more: Any) -> I
     async def serve() -> None:
         hub = make_hub(prepared)
         listener = bind("127.0.0.1", 0)
-        server = CloudServer(hub, listener, ready=lambda _: is_ready.set(), policy=policy)
+        server = CloudServer(
+            hub, listener, ready=lambda _: is_ready.set(), policy=policy, ssl_context=ssl_context, pack=pack
+        )
         started.append(
             RunningCloud(server.url, hub, server, asyncio.get_running_loop(), threading.current_thread())
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import socket
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,7 +17,8 @@ from typing import Any
 class Behaviour:
     """`cut_after`: bytes of body sent before each connection is cut, one entry per request, then never.
 
-    `statuses` are answered first, one per request. `ranges=False` ignores Range headers. `refused_agent`
+    `statuses` are answered first, one per request. `ranges=False` ignores Range headers, `range_ends=False`
+    where they end. `num_sent` counts bytes of bodies, by path. `refused_agent`
     gets 403 if its User-Agent contains that word. `routes` answers paths that are no files.
     """
 
@@ -24,10 +26,12 @@ class Behaviour:
     cut_after: list[int] = field(default_factory=list)
     statuses: list[int] = field(default_factory=list)
     ranges: bool = True
+    range_ends: bool = True
     send_length: bool = True
     refused_agent: str | None = None
     headers: Callable[[str], dict[str, str]] = lambda path: {}
     requests: list[tuple[str, str, str | None]] = field(default_factory=list)
+    num_sent: Counter[str] = field(default_factory=Counter)
     routes: Callable[[str], bytes | None] = lambda path: None
 
 
@@ -60,17 +64,19 @@ def _handler(behaviour: Behaviour) -> type[BaseHTTPRequestHandler]:
                 self._empty(404, behaviour.headers(self.path))
                 return
             start, total = 0, len(data)
-            match = re.fullmatch(r"bytes=(\d+)-", wanted or "") if behaviour.ranges else None
+            match = re.fullmatch(r"bytes=(\d+)-(\d*)", wanted or "") if behaviour.ranges else None
             if match and int(match[1]) >= total:
                 self._empty(416, {"Content-Range": f"bytes */{total}"})
                 return
+            end = total
             if match:
                 start = int(match[1])
+                end = int(match[2]) + 1 if match[2] and behaviour.range_ends else total
             self.send_response(206 if match else 200)
             if match:
-                self.send_header("Content-Range", f"bytes {start}-{total - 1}/{total}")
+                self.send_header("Content-Range", f"bytes {start}-{end - 1}/{total}")
             if behaviour.send_length:
-                self.send_header("Content-Length", str(total - start))
+                self.send_header("Content-Length", str(end - start))
             else:
                 self.send_header("Connection", "close")
             for name, value in behaviour.headers(self.path).items():
@@ -79,7 +85,9 @@ def _handler(behaviour: Behaviour) -> type[BaseHTTPRequestHandler]:
             if not body_wanted:
                 return
             cut = behaviour.cut_after.pop(0) if behaviour.cut_after else None
-            self.wfile.write(data[start:] if cut is None else data[start : start + cut])
+            body = data[start:end] if cut is None else data[start : min(end, start + cut)]
+            behaviour.num_sent[self.path] += len(body)  # before the client can have them
+            self.wfile.write(body)
             self.wfile.flush()
             if cut is not None:
                 self.connection.shutdown(socket.SHUT_RDWR)

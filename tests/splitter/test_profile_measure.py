@@ -130,7 +130,7 @@ def test_the_source_of_the_power(pack: Pack, no_sensor: Path) -> None:
     write(no_sensor, ina(1, "VDD_IN", 5000, 1400))
     measured = measure_edge(pack, quick=True, watts=(2.0, 9.0))
     assert measured.labels["power"] == "measured"
-    assert measured.active_w == pytest.approx(7)
+    assert measured.active_w == pytest.approx(7, rel=0.01)  # joules over a time that was measured
     assert "INA3221" in measured.note
     write(no_sensor, ina(1, "VDD_IN", 5000, 0))  # a sensor that stands still
     assert measure_edge(pack, quick=True).labels["power"] == "unavailable"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
@@ -110,10 +110,16 @@ def show(model: ModelArgument = None, json: JsonFlag = False) -> None:
         kl = "unknown" if pack["kl_to_source"] is None else f"{pack['kl_to_source']:.1e}"
         out.print(
             f"{pack['pack']}\n  {pack['scheme']} ({pack['bits']} bits), "
-            f"{human_bytes(pack['weights_bytes'])}, KL to the source {kl}\n  {pack['why']}",
+            f"{human_bytes(pack['weights_bytes'])}, KL to the source {kl}\n  {pack['why'] or _pulled(pack)}",
             soft_wrap=True,
             markup=False,
         )
+
+
+def _pulled(pack: dict[str, Any]) -> str:
+    """What is here of a pack from a cloud."""
+    head = "with" if pack["head_here"] else "without"
+    return f"pulled from {pack['pulled_from']}; here are {pack['layers_here']} layers, {head} the head"
 
 
 def rm(
