@@ -75,7 +75,7 @@ class Outputs:
                     raise encoded
                 if encoded is not None:
                     live.core.result_rows(encoded, len(rows), kv_len)
-                self._observe(live, now)
+                self._observe(live, now, len(rows))
             case out.Progress(num_rows=num_rows):
                 live.core.credit(num_rows)
             case out.Opened(cached_rows=cached_rows):
@@ -117,8 +117,9 @@ class Outputs:
         else:
             live.core.result_tokens(tokens, output.kv_len, logprobs, top, output.finish, _cloud_us(live, now))
 
-    def _observe(self, live: LiveSession, now: float, num_tokens: int = 1) -> None:
-        """`num_tokens` came at once: each took its share of the time."""
+    def _observe(self, live: LiveSession, now: float, num_tokens: int) -> None:
+        """`num_tokens` (or hidden rows) came at once: each took its share of the time."""
+        live.num_outputs += num_tokens
         if live.last_output_s is None:
             self._hub.telemetry.first_token_s.observe(now - live.opened_s)
         else:

@@ -41,14 +41,13 @@ class Resumes:
 
     async def answer(self, peer: Peer, stream: int, resume: Resume) -> None:
         """RESUMED or ERROR on `stream`; the session then is `peer`'s, or as it was."""
-        log = self._hub.log.bind(tenant=peer.tenant)
         try:
             outcome = await self._resume(peer, stream, resume)
-            log.info("resume", outcome=outcome)
         except IsthmusError as error:
             peer.core.refuse(stream, error)
             outcome = _OUTCOMES.get(error.code, "refused")
-            log.debug("resume", outcome=outcome, code=error.code)  # else a flood of them would flood the log
+            # At debug level: else a flood of them would flood the log.
+            self._hub.log.debug("resume", tenant=peer.tenant, outcome=outcome, code=error.code)
         self._hub.telemetry.resumes.labels(outcome=outcome).inc()
         peer.wake()
 
@@ -91,6 +90,7 @@ class Resumes:
         if not taken:
             return "gone"
         sessions.adopt(live, peer)
+        self._hub.log.info("resume", **live.told(), outcome=action)
         return action
 
     def _find(self, resume: Resume) -> LiveSession:

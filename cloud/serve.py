@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import psutil
 import torch
@@ -30,7 +30,7 @@ from isthmus.cloud.precision import Choice, choose, decode_seconds, measured_or_
 from isthmus.cloud.profile import kept_or_measured
 from isthmus.cloud.scheduler import Policy, SchedulerConfig
 from isthmus.cloud.server import CloudServer, bind
-from isthmus.cloud.telemetry import Telemetry, configure_log, get_log
+from isthmus.cloud.telemetry import Telemetry, get_log
 from isthmus.cloud.tls import server_context
 from isthmus.cloud.widening import tune_widening
 from isthmus.protocol.activations import RowFormat
@@ -45,6 +45,9 @@ from isthmus.splitter.manifest import make_identity
 from isthmus.splitter.sources import pull
 from isthmus.splitter.spec import ModelSpec
 from isthmus.splitter.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from isthmus.splitter.pack import Pack
 
 MIB: Final = 1024 * 1024
 INTERRUPTED: Final = 130
@@ -94,18 +97,19 @@ def run_cloud(
     tenant_tokens_per_s: float | None = None,
     tenant_resumes_per_min: int | None = None,
     prices: Prices | None = None,
+    pack: Pack | None = None,
     ready: Callable[[str], None] | None = None,
 ) -> None:
     """Serves until SIGTERM (drains, returns) or a second SIGINT (the process ends with 130).
 
     `alternative`: the URL that draining edges are shown. `preemption_notice`: a file or URL that announces
     the machine's end and leaves `notice_deadline_s`. `detached_s`: how long a session outlives its
-    connection. The quotas are per tenant, None = the default of Limits. `prices` are told to edges.
+    connection. The quotas are per tenant, None = the default of Limits. `prices` are told to edges;
+    `pack`, built from this model, is given to those that ask for it.
 
     `ready` is called once with the URL; by default the ready line of CONTRACT.md is printed. Raises
     ConfigError for what can't be bound or read, and whatever pulling and loading the model raises.
     """
-    configure_log()
     log = get_log()
     has_keys, has_tls = api_key_file is not None, tls_cert is not None
     if warning := check_bind(host, keys=has_keys, tls=has_tls, insecure=insecure):
@@ -154,6 +158,7 @@ def run_cloud(
                 ready=ready or _print_ready,
                 policy=drain_policy,
                 ssl_context=ssl_context,
+                pack=pack_of_model(pack, hub_options.info),
             )
             await server.run_until_stopped()
             return server.force_exit
@@ -190,6 +195,14 @@ def tenant_limits(**given: float | None) -> Limits:
         if not least <= value < float("inf"):
             raise ConfigError(f"{name} is {value}, at least {least} is needed", code="bad_limit")
     return replace(Limits(), **asked)  # type: ignore[arg-type]  # names and types are those of the fields
+
+
+def pack_of_model(pack: Pack | None, info: ServerInfo) -> Pack | None:
+    """`pack`, unless it is another model's than the one served: its edges would be turned away."""
+    if pack is not None and pack.identity != info.identity:
+        get_log().warning("pack_not_offered", pack=str(pack.path), reason="built from other weights")
+        return None
+    return pack
 
 
 def _print_ready(url: str) -> None:

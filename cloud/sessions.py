@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from time import monotonic
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from isthmus.cloud.engine_session import EngineOpen
 from isthmus.cloud.feed import Feed, FeedTerms
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 # A prefill chunk larger than this would hold up the loop with its checksum.
 CHUNK_BYTES: Final = 1024 * 1024
+# The edge chose the id of its request: what is no plain name does not get into the log.
+_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
 @dataclass(slots=True, eq=False)
@@ -43,6 +46,18 @@ class LiveSession:
     detached_s: float | None = None
     """Since when no connection holds it, on the monotonic clock."""
     last_output_s: float | None = None
+    num_outputs: int = 0
+    """Tokens, or hidden rows in the U-shape, that went to the edge."""
+
+    def told(self) -> dict[str, Any]:
+        """What the log says of it; `request_id` is the edge's, and joins both machines' logs."""
+        request = self.core.open
+        return {
+            "request_id": request.request_id if _ID.fullmatch(request.request_id) else "other",
+            "tenant": self.tenant,
+            "split": request.split,
+            "shape": request.shape,
+        }
 
 
 class Sessions:
@@ -136,6 +151,7 @@ class Sessions:
         )
         self._by_number[number] = live
         peer.hold(live)
+        hub.log.info("session_open", **live.told(), prompt_tokens=request.prompt_tokens)
 
     def name(self, live: LiveSession, session_id: str) -> None:
         """OPENED goes out: from here on the session can be resumed by its id."""
@@ -194,8 +210,12 @@ class Sessions:
         if live.peer is not None:
             live.peer.let_go(live)
         now = monotonic()
-        self._hub.telemetry.request_s.observe(now - live.opened_s)
+        seconds = now - live.opened_s
+        self._hub.telemetry.request_s.observe(seconds)
         self._hub.telemetry.sessions_ended.labels(outcome=outcome).inc()
+        self._hub.log.info(
+            "session_end", **live.told(), outcome=outcome, tokens=live.num_outputs, seconds=round(seconds, 6)
+        )
         self._hub.drain.note(len(self), now)
 
     # ---- what happens to many

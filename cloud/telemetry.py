@@ -1,14 +1,19 @@
-"""The cloud's metrics (names of CONTRACT.md, Prometheus format) and its log (JSON lines on stderr)."""
+"""The cloud's metrics (names of CONTRACT.md, Prometheus format) and its log."""
 
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Iterator
-from typing import Any
 
 import structlog
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    generate_latest,
+)
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
@@ -36,6 +41,7 @@ class Telemetry:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        ProcessCollector(namespace="isthmus", registry=self.registry)
         self.first_token_s = self._histogram(
             "isthmus_time_to_first_token_seconds", "From the session's OPEN to its first token or hidden row"
         )
@@ -112,22 +118,12 @@ def _gauge(name: str, text: str, value: float) -> Metric:
     return GaugeMetricFamily(f"isthmus_{name}", text, value)
 
 
-def configure_log(*, verbose: bool = False) -> None:
-    """JSON lines on stderr: stdout belongs to the ready line. No prompt, token or key is ever logged."""
-    structlog.configure(
-        processors=[
-            structlog.contextvars.merge_contextvars,
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.processors.format_exc_info,
-            structlog.processors.JSONRenderer(),
-        ],
-        wrapper_class=structlog.make_filtering_bound_logger(logging.DEBUG if verbose else logging.INFO),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
-        cache_logger_on_first_use=False,
+def get_log() -> structlog.stdlib.BoundLogger:
+    """Events with figures, to the standard library's logger `isthmus.cloud`; how they look is the process's
+    choice. No prompt, token, row or key is ever logged."""
+    log: structlog.stdlib.BoundLogger = structlog.wrap_logger(
+        logging.getLogger("isthmus.cloud"),
+        wrapper_class=structlog.stdlib.BoundLogger,
+        processors=[structlog.stdlib.filter_by_level, structlog.stdlib.render_to_log_kwargs],
     )
-
-
-def get_log(**values: Any) -> Any:
-    """A bound structlog logger."""
-    return structlog.get_logger("isthmus.cloud", **values)
+    return log

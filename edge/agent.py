@@ -10,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import asdict, replace
 from functools import partial
-from time import perf_counter
 from typing import TYPE_CHECKING, Any, Final
 
 from isthmus.edge.canary import Canary
@@ -18,6 +17,7 @@ from isthmus.edge.clouds import Clouds
 from isthmus.edge.constraints import MIB, RouterInputs
 from isthmus.edge.conversation import CachePool, CloudMemory
 from isthmus.edge.generate import Generation
+from isthmus.edge.grammar import Grammars
 from isthmus.edge.history import HistoryBudget
 from isthmus.edge.jobs import Jobs
 from isthmus.edge.keeper import Keeper
@@ -43,9 +43,10 @@ from isthmus.edge.router import decide
 from isthmus.edge.routing import KV_DTYPE_BYTES, EdgeUse, Routing, RoutingOptions
 from isthmus.edge.running import Running, StillFeasible
 from isthmus.edge.slots import Slots
+from isthmus.edge.snapshot import active, loaded_bytes
+from isthmus.edge.telemetry import Telemetry
 from isthmus.protocol.errors import (
     CloudUnreachableError,
-    IsthmusError,
     NotFoundError,
     RejectedError,
     RequestError,
@@ -98,6 +99,7 @@ class Agent:
     ) -> None:
         self.pack = pack
         self.tokenizer = pack.tokenizer()
+        self._grammars = Grammars(self.tokenizer, pack.spec.vocab_size)
         self._provider = provider
         self._threads = threads or None
         self._min_depth = min_depth
@@ -122,7 +124,7 @@ class Agent:
             memory_bytes=int(memory_mb * MIB) if memory_mb else None,
         )
         self._counts = Counts()
-        self._totals = {"requests": 0, "finished": 0, "failed": 0, "cancelled": 0, "tokens": 0}
+        self.telemetry = Telemetry()
         hello = hello_of(pack, "isthmus-edge")
         self._clouds = Clouds(cloud_urls, hello, api_key=api_key, limits=limits, ssl_context=ssl_context)
         self.routing = Routing(
@@ -132,6 +134,12 @@ class Agent:
             options,
             min_depth=min_depth,
             row_format=self._row_format,
+        )
+        self.telemetry.watch(
+            self.stats,
+            self.routing.calibrator.ratios,
+            memory_bytes=self._residency.memory_bytes,
+            cache_bytes=self._pool.max_bytes,
         )
         self._keeper = Keeper(self._clouds, self._look_here, metered=options.radio.usd_per_byte > 0)
 
@@ -152,6 +160,7 @@ class Agent:
         """Close the links and the caches. Running requests fail; close their iterators first."""
         await self._keeper.aclose()
         await self._clouds.aclose()
+        self._grammars.close()
         self._worker.submit(self._pool.clear)
         await asyncio.to_thread(self._worker.shutdown)
         self._runner = None
@@ -165,18 +174,25 @@ class Agent:
     def stats(self) -> dict[str, Any]:
         """Counts and states, for inspection and tests."""
         runner = self._runner
+        layers = sorted(runner.loaded_layers) if runner else []
+        head = runner is not None and runner.head_loaded
         return {
-            **self._totals,
+            **self.telemetry.totals,
             "running": self._slots.running,
             "waiting": self._slots.waiting,
             "parallel": self._slots.parallel,
             "queue": self._slots.queue,
             "provider": runner.provider_used if runner else self._provider,
-            "loaded_layers": sorted(runner.loaded_layers) if runner else [],
+            "loaded_layers": layers,
+            "weights_bytes": loaded_bytes(self.pack, layers, embed=bool(layers), head=head),
+            "kv_bytes": self._residency.kv_bytes(),
             "kept_caches": len(self._pool),
             "kept_cache_bytes": self._pool.nbytes,
             "history_bytes": self._history.nbytes,
             **asdict(self._counts),
+            "min_depth": self._min_depth,
+            "routes": dict(self.telemetry.routes),
+            "active": active(self._running),
             "clouds": self._clouds.stats(),
             "router": self.routing.stats(),
         }
@@ -184,20 +200,21 @@ class Agent:
     # ---- requests --------------------------------------------------------------------------------
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[AgentEvent, None]:
-        """Started, then Tokens, then Finished; or an IsthmusError. Closing the iterator cancels both
-        halves and frees the cloud's pages."""
+        """Started, then Tokens (Moved where the link was lost or the place changed), then Finished; or an
+        IsthmusError. Closing the iterator cancels both halves and frees the cloud's pages."""
         self._check(request)
+        grammar = await self._grammars.of(request)
         self._keeper.in_use()
-        self._totals["requests"] += 1
-        outcome = "cancelled"
-        try:
+        with self.telemetry.request(request) as meter:
             async with self._slots.take(request.priority):
-                started_s = perf_counter()
+                started_s = meter.admitted()
                 inputs, decision, link = await self._route(request)
-                running = Running(request, 0, False, len(request.prompt_ids) + request.max_tokens)
+                tokens = len(request.prompt_ids) + request.max_tokens
+                running = Running(request, 0, False, tokens, grammar=grammar)
                 running.use(decision)
                 self._running.append(running)
                 self.routing.begin(request, inputs, decision)
+                meter.started(decision)
                 try:
                     yield Started(
                         request.request_id, decision, decision.route, decision.split, decision.shape
@@ -206,20 +223,15 @@ class Agent:
                     async with aclosing(generation.run(decision, link)) as events:
                         async for event in events:
                             if isinstance(event, Finished):
-                                outcome, running.finished = "finished", event
-                                self._totals["tokens"] += len(event.token_ids)
+                                running.finished = event
                             elif isinstance(event, Token):
                                 running.num_out += 1
+                            meter.see(event)
                             yield event
                 finally:
                     self._running.remove(running)
                     self.routing.end(request, inputs, decision, running.finished, num_out=running.num_out)
                     self._residency.consider(inputs)  # not before: no token waits for it
-        except IsthmusError:
-            outcome = "failed"
-            raise
-        finally:
-            self._totals[outcome] += 1
 
     def decide(self, request: GenerateRequest) -> Decision:
         """The decision as it would be taken now; nothing is run and no cloud is asked."""
@@ -230,6 +242,7 @@ class Agent:
         """The decision as `generate` would take it: clouds are connected to where that is due, nothing is
         run."""
         self._check(request)
+        await self._grammars.of(request)
         self._keeper.in_use()
         return (await self._route(request))[1]
 
@@ -347,6 +360,7 @@ class Agent:
             means,
             request,
             Jobs(self._worker),
+            grammar=running.grammar,
             events=events,
             alone=lambda: self._slots.running == 1,
             on_use=running.use,

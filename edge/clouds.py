@@ -37,21 +37,9 @@ class Clouds:
             await link.aclose()
 
     def stats(self) -> list[dict[str, Any]]:
-        """State and traffic of each link."""
+        """State, traffic and estimates of each link; None where something was never known."""
         now = monotonic()
-        return [
-            {
-                "url": link.url,
-                "state": link.state,
-                "detail": link.detail,
-                "circuit": link.breaker.state(now),
-                "rtt_s": link.rtt_s,
-                "bytes_up": link.bytes_up,
-                "bytes_down": link.bytes_down,
-                "connects": link.num_connects,
-            }
-            for link in self.links
-        ]
+        return [_stats(link, now) for link in self.links]
 
     def best_state(self, *, by_name: bool) -> tuple[str, str, CloudLink | None]:
         """(state, detail, link) of the best cloud. A failed one counts as "unknown" again once its circuit
@@ -100,6 +88,26 @@ class Clouds:
         named = [link for link in self.links if alternative and _same(link.url, alternative)]
         rest = [link for link in self.links if link is not first and link not in named]
         return [*(link for link in named if link is not first), first, *rest]
+
+
+def _stats(link: CloudLink, now: float) -> dict[str, Any]:
+    view, welcome = link.estimate(now), link.welcome
+    profile = welcome.profile if welcome else None
+    return {
+        "url": link.url,
+        "state": link.state,
+        "detail": link.detail,
+        "circuit": link.breaker.state(now),
+        "rtt_s": link.rtt_s,
+        "rtt_age_s": view.rtt.age_s if view.rtt else None,
+        "up_bytes_per_s": view.up.value if view.up else None,
+        "down_bytes_per_s": view.down.value if view.down else None,
+        "bytes_up": link.bytes_up,
+        "bytes_down": link.bytes_down,
+        "connects": link.num_connects,
+        "precision": welcome.cloud_precision if welcome else None,
+        "device": profile.device if profile else None,
+    }
 
 
 def _same(ours: str, told: str) -> bool:

@@ -25,6 +25,7 @@ from isthmus.edge.deadline import StepDeadline
 from isthmus.edge.link_estimate import LinkEstimator
 from isthmus.edge.link_probe import probe_link
 from isthmus.edge.link_session import LinkSession
+from isthmus.edge.logs import log, plain_code
 from isthmus.edge.tls import tls_error
 from isthmus.edge.wire import Wire
 from isthmus.protocol.activations import RowFormat
@@ -204,6 +205,8 @@ class CloudLink:
                         # The link was cut in the handshake. A cloud that does so again means it.
                         wire = await self._establish()
                 except IsthmusError as error:
+                    if self.failure is None or self.failure.code != error.code:  # not each of many attempts
+                        log.info("link_failed", cloud=self.url, code=plain_code(error.code))
                     self.failure = error
                     self.breaker.failed(monotonic())
                     raise
@@ -275,7 +278,13 @@ class CloudLink:
             await old.aclose()
         socket_ = await self._upgrade()
         wire = Wire(
-            socket_, self._hello, self._limits, self._first_timeout_s, self._deadline, self._estimator
+            socket_,
+            self._hello,
+            self._limits,
+            self._first_timeout_s,
+            self._deadline,
+            self._estimator,
+            url=self.url,
         )
         try:
             async with asyncio.timeout(self._limits.hello_timeout_s):

@@ -1,28 +1,38 @@
-"""The log of the edge's process: warnings and faults on stderr, never a word of what a request said.
+"""What the edge logs: events with figures, warnings and faults, never a word of what a request said.
 
-The message of an exception may quote what it stumbled over (a prompt, a header), so of an unexpected one
-only the kind and the lines of code it went through are written.
+The lines go to the standard library's logger `isthmus.edge`; how they look is the process's choice. The
+message of an exception may quote what it stumbled over (a prompt, a header), so of an unexpected one only the
+kind and the lines of code it went through are written.
 """
 
 from __future__ import annotations
 
 import asyncio
-import copy
 import logging
+import re
 import traceback
-from typing import Any
+from typing import Any, Final
 
+import structlog
 from starlette.types import ASGIApp, Receive, Scope, Send
-from uvicorn.config import LOGGING_CONFIG
 
-log = logging.getLogger("isthmus.edge")
+_CODE: Final = re.compile("[a-z][a-z0-9_]{0,63}")
+
+log: Final = structlog.wrap_logger(
+    logging.getLogger("isthmus.edge"),
+    wrapper_class=structlog.stdlib.BoundLogger,
+    processors=[
+        structlog.stdlib.filter_by_level,
+        structlog.stdlib.PositionalArgumentsFormatter(),
+        structlog.stdlib.render_to_log_kwargs,
+    ],
+    cache_logger_on_first_use=True,
+)
 
 
-def log_config() -> dict[str, Any]:
-    """uvicorn's, with our own lines beside its."""
-    config = copy.deepcopy(LOGGING_CONFIG)
-    config["loggers"][log.name] = {"handlers": ["default"], "level": "WARNING", "propagate": False}
-    return config
+def plain_code(code: str) -> str:
+    """An error's code as it may be logged: a cloud chose it, and what is no plain name may be anything."""
+    return code if _CODE.fullmatch(code) else "other"
 
 
 def trace_of(error: BaseException) -> str:

@@ -56,6 +56,11 @@ class Residency:
         """Bytes to which the KV of the running requests may grow."""
         return sum(self._kv_bytes * one.split * one.tokens for one in self._running if one is not without)
 
+    def kv_bytes(self) -> int:
+        """Bytes of the rows that the running requests have come to."""
+        rows = ((one.split, len(one.request.prompt_ids) + one.num_out) for one in self._running)
+        return sum(self._kv_bytes * split * num for split, num in rows)
+
     def state(self, *, without: Running | None = None) -> EdgeState:
         """What is loaded, and how many others compute here."""
         runner = self._runner()

@@ -18,6 +18,7 @@ from websockets.exceptions import ConnectionClosed
 from isthmus.edge.deadline import StepDeadline
 from isthmus.edge.link_estimate import LinkEstimator
 from isthmus.edge.link_session import LinkSession, as_lost
+from isthmus.edge.logs import log, plain_code
 from isthmus.protocol.edge_connection import EdgeConnection
 from isthmus.protocol.errors import CloudLostError, IsthmusError, ProtocolError
 from isthmus.protocol.events import (
@@ -61,9 +62,11 @@ class Wire:
         first_timeout_s: float,
         deadline: StepDeadline,
         estimator: LinkEstimator,
+        *,
+        url: str,
     ) -> None:
-        """`first_timeout_s`: how long a session may wait for its first output; `deadline`: for a step.
-        `estimator` is told what this connection shows of the link."""
+        """`url`: of the cloud, for the log. `first_timeout_s`: how long a session may wait for its first
+        output; `deadline`: for a step. `estimator` is told what this connection shows of the link."""
         self.core = EdgeConnection(hello, limits)
         self.sessions: dict[int, LinkSession] = {}
         self.bytes_up = 0
@@ -73,6 +76,8 @@ class Wire:
         self.welcomed: asyncio.Future[Welcome] = loop.create_future()
         self._canaries: deque[asyncio.Future[CanaryResult]] = deque()
         self._socket = socket_
+        self._log = log.bind(cloud=url)
+        self._leaving = False
         self.deadline = deadline
         self.estimator = estimator
         self.load = Load()
@@ -144,6 +149,7 @@ class Wire:
 
     async def aclose(self) -> None:
         """Leave on purpose: the cloud is told to let go of what still runs, and keeps nothing."""
+        self._leaving = True
         for session in list(self.sessions.values()):
             session.cancel()
         with suppress(TimeoutError):
@@ -245,6 +251,7 @@ class Wire:
                 self._note_load(event.welcome.load)
                 if not self.welcomed.done():
                     self.welcomed.set_result(event.welcome)
+                    self._log.info("link_up", match=event.welcome.match)
             elif isinstance(event, StatusReceived):
                 self._note_load(event.status.load)
             elif isinstance(event, RttMeasured):
@@ -261,6 +268,7 @@ class Wire:
                     future.set_result(event.result)
             elif isinstance(event, GoingAway):
                 self.goaway = event.goaway
+                self._log.info("cloud_draining", deadline_s=event.goaway.deadline_s)
             elif isinstance(event, Rejected | ConnectionFailed):
                 self._end(event.error)
             elif (stream := getattr(event, "stream", None)) is not None:
@@ -285,6 +293,8 @@ class Wire:
         if not self.welcomed.done():
             self.welcomed.set_exception(error)
             self.welcomed.exception()  # maybe nobody waits for it any more
+        else:
+            self._log.info("link_down", code="link_closed" if self._leaving else plain_code(error.code))
         unanswered: list[asyncio.Future[Any]] = [*self._canaries, *self._probes.values()]
         for waiting in unanswered:
             if not waiting.done():

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import re
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-import structlog
 
 from isthmus.cloud.serve import Prepared, run_cloud
-from isthmus.cloud.telemetry import configure_log
 from isthmus.protocol.errors import IsthmusError
 from isthmus.protocol.events import ConnectionFailed, ResultTokens, Welcomed
 from isthmus.protocol.frames import MsgType, json_frame
@@ -26,19 +22,16 @@ from isthmus.protocol.sampling import SamplingParams
 from tests.cloud.cloud_clients import prompt_of
 from tests.cloud.cloud_edges import connected, open_of, running_cloud
 from tests.cloud.cloud_traveller import Traveller, detached
+from tests.logged import Stderr, process_log
 
 KEY = "a-key-that-nobody-may-read"
 
 
 @pytest.fixture
-def json_log(monkeypatch: pytest.MonkeyPatch) -> Iterator[io.StringIO]:
+def log() -> Iterator[Stderr]:
     """The log as a cloud's process writes it to stderr, at debug level."""
-    stderr = io.StringIO()
-    with monkeypatch.context() as patch:
-        patch.setattr(sys, "stderr", stderr)
-        configure_log(verbose=True)
-    yield stderr
-    structlog.reset_defaults()
+    with process_log() as stderr:
+        yield stderr
 
 
 def shows_ids(text: str, ids: list[int]) -> bool:
@@ -58,14 +51,20 @@ async def test_no_prompt_token_row_key_or_resume_token(
     prepared: Prepared,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
-    json_log: io.StringIO,
+    log: Stderr,
 ) -> None:
     caplog.set_level(logging.DEBUG)
     path = tmp_path / "keys"
     path.write_text(f"alice:{KEY}\n")
     prompt = prompt_of(40, 12)
     penalised = SamplingParams(temperature=0.0, repetition_penalty=1.3)
-    request = open_of(prompt, split=2, context_ids=tuple(prompt), sampling=penalised)
+    request = open_of(
+        prompt,
+        split=2,
+        context_ids=tuple(prompt),
+        sampling=penalised,
+        request_id="\x1b[31m words of the edge",
+    )
     secrets = [KEY, "words of the edge", "31999"]
     with running_cloud(replace(prepared, options=replace(prepared.options, keys=KeyFile(path)))) as cloud:
         edge = Traveller(prepared, request, prompt)
@@ -99,8 +98,7 @@ async def test_no_prompt_token_row_key_or_resume_token(
             await fourth.socket.send(b"words of the edge")
             await fourth.wait(ConnectionFailed)
     # The edge in this test has a log too.
-    records = [one.getMessage() for one in caplog.records if one.name != "websockets.client"]
-    text = "\n".join([json_log.getvalue(), *records])
+    text = "\n".join(json.dumps(line) for line in log.events() if line["logger"] != "websockets.client")
     assert "edge_connected" in text
     assert "resume" in text
     for secret in secrets:
@@ -111,21 +109,34 @@ async def test_no_prompt_token_row_key_or_resume_token(
     assert not shows_ids(text, [*prompt, *edge.tokens])
 
 
-@pytest.mark.usefixtures("json_log")
-def test_every_start_warns_of_what_is_open(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_every_start_warns_of_what_is_open(log: Stderr, tmp_path: Path) -> None:
     """Before the model is looked for, which here is nowhere."""
     path = tmp_path / "keys"
     path.write_text(f"alice:{KEY}\n")
     for _ in range(2):
         with pytest.raises(IsthmusError):
             run_cloud(str(tmp_path / "none"), host="0.0.0.0", port=0, insecure=True, api_key_file=path)
-    text = capsys.readouterr().err
-    lines = [json.loads(line) for line in text.splitlines()]
-    insecure = [line for line in lines if line["event"] == "insecure"]
+    insecure = log.events("insecure")
     assert len(insecure) == 2
     assert "--tls-cert" in insecure[0]["reason"]
     assert "--api-key-file" not in insecure[0]["reason"]
-    remarks = " ".join(line["remark"] for line in lines if line["event"] == "api_keys")
+    remarks = " ".join(line["remark"] for line in log.events("api_keys"))
     assert "unhashed" in remarks
     assert "every key may drain" in remarks
-    assert KEY not in text
+    assert KEY not in log.getvalue()
+
+
+async def test_a_session_is_told_of_by_its_request_id(prepared: Prepared, log: Stderr) -> None:
+    """When it opens and when it ends, with the figures; nothing else of it."""
+    prompt = prompt_of(9, 3)
+    with running_cloud(prepared) as cloud:
+        edge = Traveller(prepared, open_of(prompt, split=2, request_id="req-7.a_B"), prompt)
+        async with connected(cloud) as peer:
+            await edge.open(peer)
+            await edge.send_prompt()
+            await edge.finish()
+    (opened,), (ended,) = log.events("session_open"), log.events("session_end")
+    way = {"request_id": "req-7.a_B", "tenant": "local", "split": 2, "shape": "prefix"}
+    assert opened == opened | way | {"prompt_tokens": 9, "level": "info", "logger": "isthmus.cloud"}
+    assert ended == ended | way | {"outcome": "closed", "tokens": len(edge.tokens)}
+    assert 0 < ended["seconds"] < 60

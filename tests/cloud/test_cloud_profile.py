@@ -22,6 +22,7 @@ from isthmus.protocol.profiles import FIGURES, DeviceProfile, Prices
 from isthmus.splitter.power import SampledMeter
 from tests.cloud.cloud_edges import connected, prepare_cloud, running_cloud
 from tests.cloud.cloud_load import busy_for
+from tests.logged import process_log
 
 PAGES = 600
 seconds = st.floats(1e-6, 1e-2)
@@ -197,16 +198,16 @@ def test_a_disturbed_profile_says_so_and_is_not_kept(
 
 
 def test_a_start_that_cannot_be_profiled_serves_without(
-    tiny_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    tiny_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: Any, **__: Any) -> DeviceProfile:
         raise RuntimeError("no memory for the measurement")
 
     monkeypatch.setattr(profile_module, "measure_cloud", broken)
-    prepared = prepare_cloud(tiny_path, threads=1, kv_mb=8)
+    with process_log() as stderr:
+        prepared = prepare_cloud(tiny_path, threads=1, kv_mb=8)
     assert prepared.info.profile is None
-    output = capfd.readouterr()
-    assert "not_profiled" in output.err + output.out
+    assert len(stderr.events("not_profiled")) == 1
 
 
 async def test_welcome_tells_profile_and_prices(prepared: Prepared) -> None:

@@ -118,6 +118,7 @@ def test_listening_beyond_loopback_needs_keys_and_tls() -> None:
 def start_process(model: Path, cache: Path) -> subprocess.Popen[str]:
     code = (
         "import sys; from isthmus.cloud.serve import run_cloud; "
+        "from isthmus.logs import configure_log; configure_log(); "
         "run_cloud(sys.argv[1], port=0, precision='fp32', threads=1, kv_mb=8)"
     )
     environment = {**os.environ, "ISTHMUS_CACHE": str(cache)}
