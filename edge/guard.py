@@ -14,14 +14,17 @@ from isthmus.protocol.addresses import is_loopback
 from isthmus.protocol.errors import ConfigError
 from isthmus.protocol.keys import KeyFile
 
-# Probes carry no key, and learn nothing but whether requests would be answered.
-OPEN_PATHS: Final = frozenset({"/livez", "/readyz"})
+# Probes carry no key, and learn nothing but whether requests would be answered. The page is the same for all,
+# and asks for the key itself.
+OPEN_PATHS: Final = frozenset({"/livez", "/readyz", "/"})
+OPEN_PREFIX: Final = "/ui/"
 
 
 class Guard:
     """ASGI middleware. A request must name a loopback host (`only_local`: else a page whose name was
     rebound to 127.0.0.1 could read the replies), one sent by a web page must come from our own, and all but
-    those for OPEN_PATHS need a key of `keys`, if there are any."""
+    those for OPEN_PATHS and below OPEN_PREFIX need a key of `keys`, if there are any. Whose key it was stands
+    in the request's `state.tenant`, "" where none is needed."""
 
     def __init__(self, app: ASGIApp, *, only_local: bool, keys: KeyFile) -> None:
         self.app, self.only_local, self.keys = app, only_local, keys
@@ -45,10 +48,14 @@ class Guard:
                 f"the page {origin!r} is not served here",
                 hint="pages of other origins may not use this agent",
             )
-        if scope["path"] in OPEN_PATHS:
+        path: str = scope["path"]
+        if path in OPEN_PATHS or path.startswith(OPEN_PREFIX):
             return None
         self._reread_keys()
-        if self.keys.ring.authenticate(headers.get("authorization")) is None:
+        ring = self.keys.ring
+        tenant = ring.authenticate(headers.get("authorization"))
+        scope.setdefault("state", {})["tenant"] = "" if ring.open else tenant
+        if tenant is None:
             return UnauthorizedError(
                 "no valid API key was given",
                 hint="send `Authorization: Bearer KEY`, a key of this agent's --serve-key-file",

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import uvicorn
 
+from isthmus import __version__
 from isthmus.edge.api import ServedModel, make_app
-from isthmus.edge.logs import QuietFaults, log, log_config, log_stray_faults
+from isthmus.edge.logs import QuietFaults, log, log_stray_faults
 from isthmus.edge.tls import check_server_files
 from isthmus.protocol.addresses import check_bind, is_loopback
 from isthmus.protocol.errors import ConfigError
@@ -92,7 +93,8 @@ async def serve_edge(
             QuietFaults(make_app(model, only_local=is_loopback(host), keys=KeyFile(key_file))),
             lifespan="off",
             ws="none",
-            log_config=log_config(),
+            log_config=None,
+            # At debug level uvicorn's loggers show headers, keys among them.
             log_level="warning",
             access_log=False,
             ssl_certfile=tls_cert,
@@ -102,7 +104,13 @@ async def serve_edge(
         for remark in remarks:
             log.warning(remark)
         log_stray_faults(asyncio.get_running_loop())
-        server = _Server(config, lambda: ready(f"{scheme}://{shown}:{bound_port}"))
+
+        def started() -> None:
+            url = f"{scheme}://{shown}:{bound_port}"
+            log.info("serving", url=url, model=model.name, version=__version__)
+            ready(url)
+
+        server = _Server(config, started, model.draining)
         watching = asyncio.create_task(server.stop_when(stop)) if stop else None
         try:
             await model.agent.start()
@@ -112,19 +120,29 @@ async def serve_edge(
             if watching is not None:
                 watching.cancel()
             await model.agent.aclose()
+            if model.conversations is not None:
+                await model.conversations.aclose()
+            log.info("stopped")
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's server, which tells when it has started, and for which a drained end is no failure."""
+    """uvicorn's server, which tells when it has started and when it begins to drain, and for which a drained
+    end is no failure."""
 
-    def __init__(self, config: uvicorn.Config, started: Callable[[], None]) -> None:
+    def __init__(self, config: uvicorn.Config, started: Callable[[], None], draining: asyncio.Event) -> None:
         super().__init__(config)
         self._tell = started
+        self._draining = draining
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started:
             self._tell()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        log.info("draining")
+        self._draining.set()
+        await super().shutdown(sockets)
 
     async def stop_when(self, stop: asyncio.Event) -> None:
         """Drain as soon as `stop` is set."""

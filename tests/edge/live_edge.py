@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -17,6 +18,7 @@ from isthmus.edge.agent import Agent
 from isthmus.edge.api import ServedModel
 from isthmus.edge.api_models import Ask
 from isthmus.edge.chat import ChatTemplate
+from isthmus.edge.conversations_store import ConversationStore
 from isthmus.edge.server import serve_edge
 from isthmus.splitter.pack import Pack
 
@@ -43,12 +45,14 @@ def live_edge(
     *,
     ask: Ask | None = None,
     served: dict[str, Any] | None = None,
+    conversations: Path | None = None,
     verify: ssl.SSLContext | bool = True,
     **options: Any,
 ) -> Iterator[LiveEdge]:
     """Serves `pack` under NAME; drains and closes at the end.
 
-    `options` are the Agent's, `served` those of serve_edge (keys, TLS); `verify`: whom `http` trusts.
+    `options` are the Agent's, `served` those of serve_edge (keys, TLS); `conversations`: the file they
+    are kept in; `verify`: whom `http` trusts.
     """
     template = ChatTemplate.from_pack(pack)
     said: queue.Queue[str | BaseException] = queue.Queue()
@@ -58,7 +62,8 @@ def live_edge(
         stop = asyncio.Event()
         stoppers.append((asyncio.get_running_loop(), stop))
         agent = Agent(pack, **options)
-        model = ServedModel(NAME, agent, template, pack.generation(), ask or Ask())
+        kept = None if conversations is None else ConversationStore(conversations)
+        model = ServedModel(NAME, agent, template, pack.generation(), ask or Ask(), kept)
         access = {"host": "127.0.0.1", **(served or {})}
         await serve_edge(model, port=0, ready=said.put, stop=stop, **access)
 

@@ -91,13 +91,15 @@ def test_the_stored_hash_is_no_key(edge: LiveEdge, key_file: Path) -> None:
         refused(edge.http.get("/v1/models", headers=bearer(part)), 401, "invalid_api_key")
 
 
-def test_every_path_but_the_probes_asks_for_a_key(edge: LiveEdge, tiny: TinyModel) -> None:
+def test_every_path_but_the_probes_and_the_page_asks_for_a_key(edge: LiveEdge, tiny: TinyModel) -> None:
     model = ServedModel("m", None, None, {})  # type: ignore[arg-type]  # only its routes are looked at
     paths = {route.path for route in make_app(model).routes}  # type: ignore[attr-defined]
     assert paths >= OPEN_PATHS | {CHAT, "/v1/stats"}
-    for path in (paths - OPEN_PATHS) | {"/metrics", "/", "/livez/", "//livez", "/v1", "/livez/../v1/models"}:
+    for path in (paths - OPEN_PATHS) | {
+        *("/metrics", "/livez/", "//livez", "/v1", "/livez/../v1/models", "/ui", "/ui/../v1/models"),
+    }:
         for method in ("GET", "POST", "OPTIONS"):
-            refused(edge.http.request(method, path), 401, "invalid_api_key")
+            refused(edge.http.request(method, f"{edge.url}{path}"), 401, "invalid_api_key")
     for path in OPEN_PATHS:
         assert edge.http.get(path).status_code == 200
 
