@@ -10,7 +10,20 @@ from typing import Annotated
 import typer
 
 import isthmus
-from isthmus.commands import bench, chat, configuration, generate, keys, models, plan, profile, relay, serve
+from isthmus.commands import (
+    bench,
+    chat,
+    configuration,
+    doctor,
+    generate,
+    keys,
+    models,
+    plan,
+    profile,
+    ps,
+    relay,
+    serve,
+)
 from isthmus.commands.output import print_error
 from isthmus.protocol.errors import IsthmusError
 
@@ -37,6 +50,8 @@ for command in (
     plan.plan,
     profile.profile,
     relay.relay,
+    ps.ps,
+    doctor.doctor,
 ):
     app.command()(command)
 app.command(name="list")(models.list_)

@@ -37,12 +37,15 @@ class Setting:
         return "(set)" if self.secret and value else value
 
 
+LOG_FORMATS = ("auto", "json", "tty")
+LOG_LEVELS = ("debug", "info", "warning", "error")
 SETTINGS: tuple[Setting, ...] = (
     Setting(
         "model", "str", "smollm2-135m", "catalog name, hub repository, folder, .gguf file or pack folder"
     ),
     Setting("bits", "str", "auto", "weight precision of the pack", ("auto", "4", "8", "32")),
     Setting("cloud", "list", None, "cloud URLs (ws:// or wss://), tried in order"),
+    Setting("pull_from_cloud", "str", "off", "take the model's blocks from the cloud", ("on", "off")),
     Setting("api_key", "str", None, "key for the cloud", secret=True),
     Setting("api_key_file", "str", None, "file with the key (edge) or `label:key` lines (cloud)"),
     Setting("serve_key_file", "str", None, "file of `label:key` lines: who may use the edge's API"),
@@ -59,6 +62,7 @@ SETTINGS: tuple[Setting, ...] = (
         "fallback", "str", "any", "where a request may go on whose cloud is lost", ("any", "cloud", "none")
     ),
     Setting("reconnect_s", "float", 10.0, "seconds to try to reach a lost cloud again", least=0),
+    Setting("cache_mb", "int", 512, "memory for the KV of conversations that may go on", least=0),
     Setting("history_mb", "int", 64, "memory for sent rows, kept for a lost cloud", least=0),
     Setting("provider", "str", "cpu", "ONNX Runtime execution provider of the edge"),
     Setting(
@@ -77,6 +81,13 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("policy", "str", "mlfq", "whose turn it is in the cloud", ("fcfs", "mlfq")),
     Setting(
         "kv_mb", "int", None, "memory for the cloud's KV pages; none given = a few full contexts", least=1
+    ),
+    Setting(
+        "offer_pack",
+        "str",
+        "auto",
+        "let edges fetch the model's pack from the cloud: on builds it, auto needs a built one",
+        ("auto", "on", "off"),
     ),
     Setting("alternative", "str", None, "cloud URL that edges are sent to when this cloud shuts down"),
     Setting("preemption_notice", "str", None, "file or URL that tells a spot machine that it will be taken"),
@@ -110,6 +121,12 @@ SETTINGS: tuple[Setting, ...] = (
     Setting(
         "hysteresis", "float", 0.05, "how much better a way must be to leave the one taken last", least=0
     ),
+    Setting("conversations", "str", "on", "keep the web chat's conversations on this device", ("on", "off")),
+    Setting("chat_history", "str", "on", "keep what is typed in `isthmus chat`", ("on", "off")),
+    Setting(
+        "log_format", "str", "auto", "how `serve` logs; auto: JSON unless stderr is a terminal", LOG_FORMATS
+    ),
+    Setting("log_level", "str", "info", "from which level on `serve` logs", LOG_LEVELS),
     Setting("decision_log", "str", None, "file that gets every routing decision, without content"),
     Setting("profile", "str", "auto", "what this device can do: a file, an example's name, auto or none"),
     Setting("idle_watts", "float", None, "declared power of this device at rest", least=0),
@@ -135,6 +152,26 @@ def config_path(env: Mapping[str, str] | None = None) -> Path:
         return Path(explicit)
     base = env.get("XDG_CONFIG_HOME") or str(Path(env.get("HOME") or Path.home()) / ".config")
     return Path(base) / "isthmus" / "config.toml"
+
+
+def state_path(env: Mapping[str, str] | None = None) -> Path:
+    """What is kept between runs and may be lost: $ISTHMUS_STATE, or isthmus under $XDG_STATE_HOME (default
+    ~/.local/state)."""
+    return _folder(os.environ if env is None else env, "STATE", ".local/state")
+
+
+def data_path(env: Mapping[str, str] | None = None) -> Path:
+    """What is kept until somebody deletes it: $ISTHMUS_DATA, or isthmus under $XDG_DATA_HOME (default
+    ~/.local/share)."""
+    return _folder(os.environ if env is None else env, "DATA", ".local/share")
+
+
+def _folder(env: Mapping[str, str], kind: str, default: str) -> Path:
+    """As the XDG Base Directory Specification has it, below `default` of the home where nothing is said."""
+    if explicit := env.get(f"ISTHMUS_{kind}"):
+        return Path(explicit).expanduser()
+    base = env.get(f"XDG_{kind}_HOME")
+    return (Path(base) if base else Path(env.get("HOME") or Path.home()) / default) / "isthmus"
 
 
 def read_file(path: Path) -> dict[str, Value]:

@@ -9,6 +9,7 @@ import re
 import select
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,13 +18,21 @@ from contextlib import contextmanager
 START = "import os, sys; os.login_tty(0); os.execv(sys.executable, [sys.executable, '-m', *sys.argv[1:]])"
 
 
+# What moves the cursor or colours the text; the letters it ends with say which.
+_CONTROL = re.compile(r"\x1b(?:\[[0-9;?]*[ -/]*[@-~]|\].*?(?:\x07|\x1b\\)|[^\[\]])|[\r\x07]")
+_BEGUN = re.compile(r"\x1b(?:\[[0-9;?]*[ -/]*|\][^\x07\x1b]*)?$")
+
+ASK = "\x1b[6n"  # "where is the cursor?", to which a terminal answers
+
+
 class Terminal:
-    """The far end of the pty. `screen` is all that was written so far."""
+    """The far end of the pty. `screen` is all that was written so far, without control sequences."""
 
     def __init__(self, process: subprocess.Popen[bytes], end: int) -> None:
         self.process, self.end = process, end
         self.decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self.screen = ""
+        self.held = ""  # the beginning of a control sequence
         self.read = 0  # how much of it `expect` has gone past
 
     def type(self, text: str) -> None:
@@ -65,16 +74,55 @@ class Terminal:
 
     def _more(self) -> str:
         try:
-            return self.decoder.decode(os.read(self.end, 65536)).replace("\r", "")
+            text = self.held + self.decoder.decode(os.read(self.end, 65536))
         except OSError:  # Linux: the other end was closed
             self.process.wait(timeout=30)
             return ""
+        if ASK in text:
+            self.type("\x1b[1;1R")
+        begun = _BEGUN.search(text)
+        self.held = begun.group() if begun else ""
+        return _CONTROL.sub("", text.removesuffix(self.held))
+
+
+class Window:
+    """What a person would see of written text: `rows`, from the first one on, in a window of `height` rows.
+
+    Knows what rich's live displays use: carriage return, cursor up, erase line, colours, cursor on and off.
+    Whatever else comes is an error, and so is a change of what has scrolled out of the window.
+    """
+
+    def __init__(self, height: int) -> None:
+        self.height = height
+        self.rows = [""]
+        self.row = self.column = 0
+
+    def write(self, text: str) -> None:
+        for part in re.findall(r"\x1b\[[0-9;?]*[a-zA-Z]|\n|\r|[^\x00-\x1f]+", text):
+            if part == "\n":
+                self.row, self.column = self.row + 1, 0  # the pty adds the carriage return
+                if self.row == len(self.rows):
+                    self.rows.append("")
+            elif part == "\r":
+                self.column = 0
+            elif not part.startswith("\x1b"):
+                row = self.rows[self.row].ljust(self.column)
+                self.rows[self.row] = row[: self.column] + part + row[self.column + len(part) :]
+                self.column += len(part)
+            elif part.endswith("A"):
+                self.row -= int(part[2:-1] or 1)
+                assert self.row >= max(0, len(self.rows) - self.height), "out of the window"
+            elif part == "\x1b[2K":
+                self.rows[self.row] = ""
+            else:
+                assert part[-1] in "mhl", part
 
 
 @contextmanager
 def terminal(*arguments: str, env: dict[str, str]) -> Iterator[Terminal]:
     """`python -m ARGUMENTS` on a terminal; killed at the end if it still runs."""
     end, its_end = pty.openpty()
+    termios.tcsetwinsize(end, (24, 100))
     process = subprocess.Popen(
         [sys.executable, "-c", START, *arguments], stdin=its_end, stdout=its_end, stderr=its_end, env=env
     )

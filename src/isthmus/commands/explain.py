@@ -10,6 +10,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from isthmus.commands.output import plain_text
+
 if TYPE_CHECKING:
     from isthmus.edge.digest import Row
     from isthmus.edge.requests import Candidate, Decision
@@ -25,7 +27,7 @@ def explanation(decision: Decision) -> RenderableType:
     from isthmus.edge.digest import best_of_routes, folded
 
     named = decision.reason.startswith(decision.route)
-    head = _text(decision.reason if named else f"{decision.route}: {decision.reason}", style="bold")
+    head = plain_text(decision.reason if named else f"{decision.route}: {decision.reason}", style="bold")
     rows, taken = folded(decision), decision.chosen
     if not any(candidate.total_s is not None for candidate in decision.candidates):
         return Group(head, _feasibility(rows, taken))
@@ -61,9 +63,9 @@ def _marked(name: str, taken: bool) -> str:
 def _grid(*heads: str) -> Table:
     """A table without lines: a name, then figures."""
     table = Table(box=None, padding=(0, 1, 0, 0), show_edge=False, header_style="dim")
-    table.add_column(_text(heads[0]), no_wrap=True)
+    table.add_column(plain_text(heads[0]), no_wrap=True)
     for head in heads[1:]:
-        table.add_column(_text(head), justify="right", no_wrap=True)
+        table.add_column(plain_text(head), justify="right", no_wrap=True)
     return table
 
 
@@ -78,7 +80,9 @@ def _figures(rows: tuple[Row, ...], chosen: Candidate | None) -> Table:
         )  # fmt: skip
         verdict = figure(one.score) if one.feasible else f"✗ {one.violated}"
         style = "bold" if taken else "" if row.best else "dim"
-        table.add_row(*map(_text, (_marked(_name(row), taken), *map(figure, cells), verdict)), style=style)
+        table.add_row(
+            *map(plain_text, (_marked(_name(row), taken), *map(figure, cells), verdict)), style=style
+        )
     return table
 
 
@@ -91,7 +95,7 @@ def _score_parts(best: tuple[Candidate, ...], chosen: Candidate | None) -> Table
         cells = [figure(one.score_parts[name]) for name in PARTS]
         name, memory = _marked(_way(one), one is chosen), figure(one.memory_bytes / (1 << 20))
         style = "bold" if one is chosen else "" if one.feasible else "dim"
-        table.add_row(*map(_text, (name, *cells, memory)), style=style)
+        table.add_row(*map(plain_text, (name, *cells, memory)), style=style)
     return table
 
 
@@ -110,7 +114,7 @@ def _terms(taken: Candidate) -> list[RenderableType]:
         words = name.removesuffix("_s").replace("_", " ")
         colour = COLOURS.get(words.split()[-1], "white")
         bar = Bar(total, begin, begin + seconds, width=BAR_WIDTH, color=colour)
-        table.add_row(_text(f"  {words}"), _text(f"{figure(seconds)} s"), bar)
+        table.add_row(plain_text(f"  {words}"), plain_text(f"{figure(seconds)} s"), bar)
         begin += seconds
     return [_note(f"  where the {figure(total)} s of {_way(taken)} go"), table]
 
@@ -123,7 +127,7 @@ def _feasibility(rows: tuple[Row, ...], chosen: Candidate | None) -> Table:
         layers = str(row.first) if row.first == row.last else f"{row.first} … {row.last}"
         why = ": ".join(part for part in (one.violated, one.detail) if part)
         cells = (one.route, layers, one.shape or "–", "yes" if one.feasible else "no", why)
-        table.add_row(*map(_text, cells), style="bold" if one is chosen else None)
+        table.add_row(*map(plain_text, cells), style="bold" if one is chosen else None)
     return table
 
 
@@ -206,10 +210,5 @@ def _kilo(count: float | None) -> float | None:
     return None if count is None else count / 1000
 
 
-def _text(words: str, style: str = "") -> Text:
-    """Words as they are: no markup, and nothing by which a cloud's words could steer the terminal."""
-    return Text("".join(c if c.isprintable() else " " for c in words), style=style)
-
-
 def _note(words: str) -> Text:
-    return _text(words, style="dim")
+    return plain_text(words, style="dim")

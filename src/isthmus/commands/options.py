@@ -53,6 +53,13 @@ SeedOption = Annotated[
 CloudOption = Annotated[
     list[str] | None, typer.Option("--cloud", help="ws:// or wss:// URL; may be repeated.", metavar="URL")
 ]
+PullFromCloudOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--pull-from-cloud/--no-pull-from-cloud",
+        help="Fetch the model's blocks from the cloud; with --split only those of its layers.",
+    ),
+]
 KeyFileOption = Annotated[
     str | None, typer.Option("--api-key-file", help="File with the key for the cloud.", metavar="FILE")
 ]
@@ -123,6 +130,7 @@ WAY: Mapping[str, Any] = {
 }
 CLOUD: Mapping[str, Any] = {
     "cloud": CloudOption,
+    "pull_from_cloud": PullFromCloudOption,
     "api_key_file": KeyFileOption,
     "tls_ca": TlsCaOption,
     "tls_client_cert": TlsClientCertOption,
@@ -142,6 +150,11 @@ ROUTER: Mapping[str, Any] = {
 ANSWER: Mapping[str, Any] = {"max_tokens": MaxTokensOption, "temperature": TemperatureOption}
 
 
+def _said(value: object) -> object:
+    """A switch as its setting says it."""
+    return ("on" if value else "off") if isinstance(value, bool) else value
+
+
 def with_flags(*groups: Mapping[str, Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Gives a command the options of `groups`; it gets what they say as its first argument, by setting."""
     shared = {name: kind for group in groups for name, kind in group.items()}
@@ -149,7 +162,7 @@ def with_flags(*groups: Mapping[str, Any]) -> Callable[[Callable[..., None]], Ca
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(command)
         def with_shared(**given: Any) -> None:
-            flags: Flags = {name: given.pop(name) for name in shared}
+            flags: Flags = {name: _said(given.pop(name)) for name in shared}
             command(flags, **given)
 
         # Typer makes its options from the signature.

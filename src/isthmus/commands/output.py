@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 JsonFlag = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")
@@ -44,8 +45,18 @@ def print_json(value: Any) -> None:
 def write_text(text: str, *, to_stderr: bool = False) -> None:
     """A model's words, exactly as they are; on a terminal without control characters."""
     stream = sys.stderr if to_stderr else sys.stdout
-    stream.write(text.translate(_CONTROLS) if stream.isatty() else text)
+    stream.write(drop_controls(text) if stream.isatty() else text)
     stream.flush()
+
+
+def drop_controls(text: str) -> str:
+    """`text` without control characters, except tabs and newlines."""
+    return text.translate(_CONTROLS)
+
+
+def plain_text(words: str, style: str = "") -> Text:
+    """Words as they are: no markup, and nothing by which another machine's words could steer the terminal."""
+    return Text("".join(c if c.isprintable() else " " for c in words), style=style)
 
 
 def print_error(error: dict[str, str], *, as_json: bool) -> None:

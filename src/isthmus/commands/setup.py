@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from isthmus.commands.output import progress_bar
 from isthmus.commands.prices import asked_prices
+from isthmus.commands.pull_from_cloud import pull_pack
 from isthmus.config import Settings
 from isthmus.protocol.errors import ConfigError
 
@@ -38,9 +39,12 @@ def read_api_key(settings: Settings) -> str | None:
 
 
 def provide_pack(settings: Settings) -> Pack:
-    """The pack of the chosen model, pulled and built first if it is not there yet (progress on stderr)."""
+    """The pack of the chosen model, pulled and built first if it is not there yet; or the cloud's, where that
+    was asked for (progress on stderr)."""
     from isthmus.splitter.provide import ensure_pack
 
+    if settings.text("pull_from_cloud") == "on":
+        return pull_pack(settings, read_api_key(settings), _tls_context(settings))
     with progress_bar() as progress:
         return ensure_pack(
             settings.text("model") or "", bits=settings.text("bits") or "auto", progress=progress
@@ -60,6 +64,7 @@ def agent_options(settings: Settings) -> dict[str, Any]:
         "threads": settings.number("threads"),
         "memory_mb": settings.number("memory_mb"),
         "min_depth": settings.number("min_depth"),
+        "cache_mb": settings.number("cache_mb"),
         "history_mb": settings.number("history_mb"),
         "recovery": RecoveryConfig(budget_s=_real(settings, "reconnect_s")),
         "ssl_context": _tls_context(settings),
@@ -108,13 +113,13 @@ def _real(settings: Settings, name: str) -> float:
 
 def edge_profile(pack: Pack, settings: Settings) -> DeviceProfile | None:
     """What this device can do with `pack`, where there is a cloud to weigh it against or a memory limit to
-    keep: measured once (said on stderr), a file, or an example. None: the router keeps to its simple rule.
-    ConfigError, NotFoundError."""
+    keep: measured once (said on stderr), a file, or an example. None: the router keeps to its simple rule, as
+    it does where some blocks are not here to be measured. ConfigError, NotFoundError."""
     from isthmus.splitter import profile_store
 
     asked = settings.text("profile") or "auto"
     needed = settings.texts("cloud") or settings.number("memory_mb") is not None
-    if asked == "none" or not needed:
+    if asked == "none" or not needed or (asked == "auto" and not pack.is_whole):
         return None
     watts = declared_watts(settings)
     if asked == "auto":
