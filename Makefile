@@ -6,17 +6,20 @@ CONSTRAINTS := .ci/constraints.txt
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 MINUTES ?= 30
+# Tests side by side; those that wait for a clock stay in one chain (tests/conftest.py). JOBS=0: no other process.
+JOBS ?= 2
 COVERAGE_TESTS := tests/protocol tests/cloud/test_cloud_kv.py $(wildcard tests/cloud/test_cloud_scheduler*.py)
 
-.PHONY: help install demo test coverage fuzz chaos soak lint format clean
+.PHONY: help install demo test coverage fuzz chaos soak edge-size lint format clean
 
 help:
-	@echo "make demo     install, pull and build the model, start edge and cloud, ask by all three routes, kill the cloud in mid-answer, then chat"
+	@echo "make demo     install, pull and build the model, start edge and cloud, ask by all three routes, kill the cloud in mid-answer, then the web chat"
 	@echo "make test     install and run every test"
 	@echo "make coverage branch coverage of the protocol and of the cloud's page and scheduling rules"
 	@echo "make fuzz     10^6 mutated inputs to every decoder; make test runs a quarter of that"
 	@echo "make chaos    kill clouds and break links everywhere; make test runs a sample of it"
 	@echo "make soak     requests under faults for MINUTES=30, then a report; more with SOAK_ARGS='--seed 1 --model smollm2-135m'"
+	@echo "make edge-size  install the edge alone in a new environment, and say how much that is"
 	@echo "make lint     mypy --strict and ruff"
 	@echo "make install  create .venv with the edge, the cloud and the development tools"
 
@@ -40,7 +43,7 @@ demo: $(VENV)/.cloud
 	$(BIN)/python demos/demo.py
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --no-loadscope-reorder $(PYTEST_ARGS)
 
 # Rules are tested alone, so their own tests are what must cover them, not the rest that passes by.
 coverage: $(VENV)/.dev
@@ -58,6 +61,14 @@ chaos: $(VENV)/.dev
 
 soak: $(VENV)/.dev
 	$(BIN)/python -m tests.chaos.soak --minutes $(MINUTES) $(SOAK_ARGS)
+
+edge-size: $(BIN)/python
+	rm -rf build/edge
+	$(PYTHON) -m venv --without-pip build/edge
+	$(PIP) --python build/edge/bin/python install --quiet --constraint $(CONSTRAINTS) .
+	build/edge/bin/isthmus --version
+	@du -sm build/edge/lib/python*/site-packages/* | sort -rn | head -n 8
+	@du -sm build/edge | awk '{print "edge install: " $$1 " MB"}'
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -66,7 +66,7 @@ def _engine(model: str, precision: str, threads: int | None) -> Engine:
     """An engine as `isthmus serve cloud` makes it, driven by hand."""
     from isthmus.cloud.engine import Engine
     from isthmus.cloud.serve import CloudOptions, prepare
-    from isthmus.cloud.telemetry import configure_log
+    from isthmus.logs import configure_log
     from isthmus.splitter.checkpoint import open_checkpoint
     from isthmus.splitter.sources import pull
     from isthmus.splitter.tokenizer import Tokenizer

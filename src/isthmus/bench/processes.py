@@ -16,6 +16,13 @@ from isthmus.protocol.errors import IsthmusError
 @contextmanager
 def process(*arguments: str) -> Iterator[str]:
     """`isthmus ARGUMENTS --json` running; yields the URL of its ready line; SIGTERM at the end."""
+    with started(*arguments) as (url, _):
+        yield url
+
+
+@contextmanager
+def started(*arguments: str) -> Iterator[tuple[str, int]]:
+    """The same; yields the URL and the process id."""
     command = [sys.executable, "-m", "isthmus", *arguments, "--json"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
         try:
@@ -25,7 +32,7 @@ def process(*arguments: str) -> Iterator[str]:
             if "url" not in answer:
                 told = answer.get("error", {}).get("message", f"exit code {child.wait()}")
                 raise IsthmusError(f"`isthmus {' '.join(arguments)}` did not start: {told}")
-            yield answer["url"]
+            yield answer["url"], child.pid
         finally:
             child.terminate()
             try:

@@ -245,7 +245,7 @@ def _depths(num_layers: int, shares: Sequence[float]) -> list[int]:
 
 def _prepare(model: str) -> Prepared:
     from isthmus.cloud.serve import CloudOptions, prepare
-    from isthmus.cloud.telemetry import configure_log
+    from isthmus.logs import configure_log
     from isthmus.splitter.checkpoint import open_checkpoint
     from isthmus.splitter.sources import pull
     from isthmus.splitter.tokenizer import Tokenizer

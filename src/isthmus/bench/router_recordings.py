@@ -155,6 +155,7 @@ class Table:
         by_cut = grid[place.low] * (1 - share) + grid[high] * share
         by_cut[np.array(layers) == 0] = 0.0
         self._samples = np.ascontiguousarray(np.moveaxis(by_cut, 0, -1))  # rows, contexts, ranks, cuts
+        self._least: Vector = self._samples.min(axis=(0, 1))
 
     def draw(self, rows: Vector, context: Vector, rank: Vector | None) -> Vector:
         """Seconds [n, cuts] of `rows` [n] behind `context` [n]; `rank` [n] in [0, 1), None: means."""
@@ -171,7 +172,9 @@ class Table:
                 i = np.minimum(row.low + up, len(self._rows) - 1)
                 j = np.minimum(context_.low + right, len(self._contexts) - 1)
                 result += weight[:, None] * self._samples[i, j, which]
-        return np.maximum(result, 0.0)
+        # Beyond what was recorded lines are drawn on, and those of a few noisy samples may fall.
+        floor: Vector = np.maximum(result, self._least[which])
+        return floor
 
 
 class Tables:

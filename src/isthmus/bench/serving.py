@@ -273,7 +273,7 @@ def measure_cloud(model: str, *, precision: str, threads: int | None, seed: int)
 
 def _prepare(model: str, precision: str, threads: int | None) -> Prepared:
     from isthmus.cloud.serve import CloudOptions, prepare
-    from isthmus.cloud.telemetry import configure_log
+    from isthmus.logs import configure_log
     from isthmus.splitter.checkpoint import open_checkpoint
     from isthmus.splitter.sources import pull
     from isthmus.splitter.tokenizer import Tokenizer

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from isthmus.commands import bench_plan, bench_router
+from isthmus.commands import bench_agent, bench_plan, bench_router
 from isthmus.commands.bench_shared import given, numbers, print_report, refuse
 from isthmus.commands.options import BitsOption
 from isthmus.commands.output import JsonFlag, ModelOption, progress_bar
@@ -16,6 +16,7 @@ from isthmus.config import Settings
 from isthmus.protocol.errors import ConfigError
 
 app = typer.Typer(help="Measure: ratios in one run, alternating, medians.", no_args_is_help=True)
+app.command("agent")(bench_agent.agent)
 app.command("plan")(bench_plan.plan)
 app.command("router")(bench_router.router)
 
