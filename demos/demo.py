@@ -2,17 +2,18 @@
 
 Pulls and builds the default model (once), starts the cloud service and the edge agent as two processes on
 this machine, asks the same question by each route, prints what happened, kills the cloud in the middle of an
-answer, and on a terminal goes on into the chat. Without a terminal it stops everything and exits 0.
+answer, and on a terminal leaves the web chat open until Ctrl-C. Without a terminal it looks whether the web
+chat is served, stops everything and exits 0.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -55,7 +56,7 @@ def service(*arguments: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """
     with tempfile.TemporaryFile("w+") as log:
         command = [*ISTHMUS, "serve", *arguments, "--json"]
-        # A session of its own: Ctrl-C in the chat is meant for the reply, not for the services.
+        # A session of its own: at Ctrl-C they are stopped by us, one after the other.
         child = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True
         )
@@ -164,36 +165,47 @@ def main() -> None:
         tell("starting the cloud service (PyTorch) and the edge agent (ONNX Runtime): two processes")
         console.print("  (the cloud's first start finds out which precision is fastest here)")
         cloud, process = running.enter_context(service("cloud", "--port", "0"))
-        with service("edge", "--port", "0", "--cloud", cloud) as (edge, _):
-            console.print(f"  cloud {cloud}   edge {edge}")
-            tell(f"asking by each route: {QUESTION}")
-            table = empty_table()
-            answers = []
-            for route, split in (("local", None), ("split", layers // 2), ("offload", None)):
-                reply = ask(edge, route, split)
-                answers.append(reply["choices"][0]["message"]["content"])
-                table.add_row(*row(reply, layers))
-            console.print(table)
-            console.print("  K: layers on the edge + layers in the cloud; first: time to the first token")
-            if not all("Paris" in answer for answer in answers):
-                sys.exit("an answer does not name Paris")
-            tell("asking once more, and the router decides")
-            how = ask(edge, "auto", None)["isthmus"]
-            console.print(f"  {how['decision']['reason']}; it took {how['timings']['total_s']:.2f} s")
-            tell(f"killing the cloud in the middle of an answer: {LONG_QUESTION}")
-            lose_the_cloud(edge, layers // 2, process)
-            if not (sys.stdin.isatty() and sys.stdout.isatty()):
-                return
-        tell("the cloud again, for you")
-        running.enter_context(service("cloud", "--port", cloud.rpartition(":")[2]))
-        tell("now you: /route local, /route split, /route offload switch; Ctrl-D leaves")
-        sys.stdout.flush()
-        chat = subprocess.Popen([*ISTHMUS, "chat", "--cloud", cloud], env=os.environ)
-        while chat.poll() is None:
-            try:
-                chat.wait()
-            except KeyboardInterrupt:
-                continue  # Ctrl-C belongs to the chat: it stops a reply
+        edge, _ = running.enter_context(service("edge", "--port", "0", "--cloud", cloud))
+        console.print(f"  cloud {cloud}   edge {edge}")
+        ask_by_each_route(edge, layers)
+        tell(f"killing the cloud in the middle of an answer: {LONG_QUESTION}")
+        lose_the_cloud(edge, layers // 2, process)
+        if sys.stdin.isatty() and sys.stdout.isatty():
+            tell("the cloud again, for you")
+            running.enter_context(service("cloud", "--port", cloud.rpartition(":")[2]))
+        show_the_web_chat(edge)
+
+
+def ask_by_each_route(edge: str, layers: int) -> None:
+    """The same question three times, by route, and once more as the router likes."""
+    tell(f"asking by each route: {QUESTION}")
+    table = empty_table()
+    answers = []
+    for route, split in (("local", None), ("split", layers // 2), ("offload", None)):
+        reply = ask(edge, route, split)
+        answers.append(reply["choices"][0]["message"]["content"])
+        table.add_row(*row(reply, layers))
+    console.print(table)
+    console.print("  K: layers on the edge + layers in the cloud; first: time to the first token")
+    if not all("Paris" in answer for answer in answers):
+        sys.exit("an answer does not name Paris")
+    tell("asking once more, and the router decides")
+    how = ask(edge, "auto", None)["isthmus"]
+    console.print(f"  {how['decision']['reason']}; it took {how['timings']['total_s']:.2f} s")
+
+
+def show_the_web_chat(edge: str) -> None:
+    """Say where it is, and keep everything running while somebody is there to use it."""
+    with urllib.request.urlopen(f"{edge}/", timeout=10) as page:
+        if b"<title>Isthmus</title>" not in page.read():
+            sys.exit(f"{edge}/ is not the web chat")
+    tell(f"now you: the web chat is at {edge}")
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        return
+    console.print(f"  in a terminal: isthmus chat; any OpenAI client: base_url={edge}/v1. Ctrl-C ends it all")
+    sys.stdout.flush()
+    while True:
+        time.sleep(60)
 
 
 def leave(number: int, _: object) -> None:

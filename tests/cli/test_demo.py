@@ -34,3 +34,4 @@ def test_the_demo_answers_by_every_route_and_outlives_its_cloud(smollm_dir: Path
     assert "; it took " in done.stdout, "the router says why"
     assert "✂ SIGKILL" in done.stdout
     assert "to route local, no token lost" in done.stdout
+    assert "the web chat is at http://127.0.0.1:" in done.stdout
